@@ -1,0 +1,108 @@
+"""Causal Attention Tuning (arXiv 2509.01535): the Re-Attention loss. Copy this file beside any model that returns attention."""
+import math
+
+import torch
+
+EPS = 1e-8  # added to a mean before it divides or enters a logarithm: an exact 0 stays finite, gradient included
+FORMS = ("hinge", "log", "div", "div2", "nll")
+
+
+def average_attention(attentions):
+    """Mean over heads, then over layers (paper, section 3.2).
+
+    attentions: sequence of (B, H, T, T), one per layer; H may differ. To supervise some layers only, pass that slice.
+    Returns (B, T, T) in float32 or wider.
+    Raises ValueError for an empty sequence, and for maps that are not (B, H, T, T) with equal B and T.
+    """
+    shapes = [tuple(attn.shape) for attn in attentions]
+    if not shapes or any(len(s) != 4 or (s[0], s[2], s[3]) != (shapes[0][0], *shapes[0][-1:] * 2) for s in shapes):
+        raise ValueError(f"attentions of shapes {shapes}: give one (B, H, T, T) per layer, with equal B and T")
+    layers = [attn.to(torch.promote_types(attn.dtype, torch.float32)).mean(dim=1) for attn in attentions]  # (B, T, T) each
+    return torch.stack(layers).mean(dim=0)
+
+
+def attention_ratio(attn, adjacency, mask=None):
+    """Mean attention on the causal keys and on the other visible keys, row by row (paper, section 3.2).
+
+    attn: (B, T, T), attention of query i on key j at [b, i, j], e.g. from `average_attention`.
+    adjacency: (B, T, T), bool or 0/1; [b, i, j] says that query i should look at key j, so nothing above the diagonal.
+    mask: (B, T), bool or 0/1, 1 for a token and 0 for padding on either side; None when there is no padding.
+    Returns (causal, other, rows): rows is (B, T) bool and marks the R rows that count, those with at least one causal
+    and one other visible key; causal and other are (R,), in the order of rows.nonzero(). The ratio is causal / other.
+    Raises ValueError for shapes that differ, for values other than 0 and 1, and for edges above the diagonal.
+    """
+    B, T = attn.shape[0], attn.shape[-1]
+    if attn.shape != (B, T, T) or adjacency.shape != attn.shape:
+        raise ValueError(f"attn {tuple(attn.shape)}, adjacency {tuple(adjacency.shape)}: both must be (B, T, T)")
+    if mask is not None and mask.shape != (B, T):
+        raise ValueError(f"mask {tuple(mask.shape)}: must be (B, T) = {(B, T)}")
+    adjacency = as_bool("adjacency", adjacency)
+    visible = torch.ones(T, T, dtype=torch.bool, device=attn.device).tril()  # (T, T), j <= i
+    if (adjacency & ~visible).any():
+        raise ValueError("adjacency has an edge above the diagonal: a query cannot look at a later key; is it transposed?")
+    if mask is not None:
+        mask = as_bool("mask", mask)
+        visible = visible & mask[:, None, :] & mask[:, :, None]  # (B, T, T): padding is neither query nor key
+    causal_keys, other_keys = adjacency & visible, visible & ~adjacency  # (B, T, T) each
+    rows = causal_keys.any(dim=-1) & other_keys.any(dim=-1)  # (B, T)
+    attn, causal_keys, other_keys = attn[rows], causal_keys[rows], other_keys[rows]  # (R, T) each: mostly few rows count
+    attn = attn.to(torch.promote_types(attn.dtype, torch.float32))
+    causal = (attn * causal_keys).sum(dim=-1) / causal_keys.sum(dim=-1)
+    other = (attn * other_keys).sum(dim=-1) / other_keys.sum(dim=-1)
+    return causal, other, rows
+
+
+def re_attention_loss(attn, adjacency, alpha, form="hinge", mask=None):
+    """The Re-Attention loss: the mean, over the rows that `attention_ratio` counts, of a penalty on ratio < alpha.
+
+    attn, adjacency, mask: as in `attention_ratio`. alpha > 0: the ratio of causal to other attention to be reached.
+    With c = causal + EPS, o = other + EPS and ratio = c / o, a row below alpha costs
+
+        form     penalty                     source
+        hinge    alpha - ratio               the paper's equation
+        log      log(alpha) - log(ratio)     here: the slope does not explode as o shrinks
+        div      -log(1 + c) / log(1 + o)    released code
+        div2     -log(1 + c / (1 + o))       released code
+        nll      -c / (c + o)                released code
+
+    and a row at or above alpha costs 0. Hinge gradient: with R rows counted, and in row i n_c causal and n_o other
+    keys, d loss / d attn[i, j] = -1 / (R n_c o) for a causal j and +c / (R n_o o^2) for another visible j.
+    Returns a scalar; exactly 0 with a zero gradient when no row counts (a batch without supervision trains on).
+    Raises ValueError for alpha <= 0 or not finite, an unknown form, and what `attention_ratio` raises.
+    """
+    if not 0 < alpha < math.inf:
+        raise ValueError(f"alpha is {alpha}: the ratio to reach must be a finite number above 0")
+    if form not in FORMS:
+        raise ValueError(f"form is {form!r}: choose one of {', '.join(FORMS)}")
+    causal, other, _ = attention_ratio(attn, adjacency, mask)
+    c, o = causal + EPS, other + EPS  # (R,) each
+    if form == "hinge":
+        penalty = alpha - c / o
+    elif form == "log":
+        penalty = math.log(alpha) - c.log() + o.log()
+    elif form == "div":
+        penalty = -c.log1p() / o.log1p()
+    elif form == "div2":
+        penalty = -(c / (1 + o)).log1p()
+    else:
+        penalty = -c / (c + o)
+    penalty = torch.where(c < alpha * o, penalty, 0.0)
+    return penalty.sum() / max(len(penalty), 1)
+
+
+def gamma_at(epoch, gamma0, decay):
+    """Weight of the Re-Attention loss in L = L_next + gamma * L_attn at `epoch` (from 0; fractions allowed):
+    gamma0 * exp(-decay * epoch) (paper, section 3.3). ValueError for a negative or non-finite gamma0 or decay."""
+    for name, value in (("gamma", gamma0), ("decay", decay)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} is {value}: give a finite number of at least 0")
+    return gamma0 * math.exp(-decay * epoch)
+
+
+def as_bool(name, tensor):
+    """`tensor` as bool. ValueError when it holds anything but 0 and 1."""
+    if tensor.dtype == torch.bool:
+        return tensor
+    if not ((tensor == 0) | (tensor == 1)).all():
+        raise ValueError(f"{name} holds values other than 0 and 1: give a boolean tensor")
+    return tensor.bool()
