@@ -1,0 +1,444 @@
+"""Data: the rule-based Spurious Token Game (STG), the tokenizer, phrases to token adjacency, batches."""
+import argparse
+import bisect
+import json
+import math
+import os
+import random
+import re
+import sys
+from collections import Counter
+from dataclasses import dataclass
+
+import tiktoken
+import torch
+
+ROLES = ("other", "causal", "spurious", "irrelevant")  # a token's role is stored as its index here
+END = "<|endoftext|>"  # closes every answer, so that a greedy answer knows where to stop
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One number in a game's text: uniform in low..high (whole numbers when decimals and noise are 0) plus noise."""
+    name: str
+    low: float = 1
+    high: float = 10
+    noise: float = 0.0  # standard deviation of the Gaussian noise
+    decimals: int = 0  # how many are shown; the answer is computed from the value before rounding
+    unit: str = ""
+    weight: float = 0.0  # causal features: factor in the score
+    copies: str = ""  # spurious features: the causal feature copied in training and IID, drawn from low..high in OOD
+    ratio: float = 0.0  # spurious features: factor of the copy
+
+
+@dataclass(frozen=True)
+class Game:
+    """A Spurious Token Game (paper, section 4): the causal features decide the answer, the spurious ones copy them."""
+    name: str
+    causal: tuple
+    spurious: tuple
+    irrelevant: tuple
+    question: str  # {features} stands for the numbers; the answer follows
+    bands: tuple = ()  # ((lowest score, answer), ...), highest first; or
+    scale: tuple = ()  # (low, high): the score, clipped, is answered as a whole number from 0 (low) to 100 (high)
+    shuffle: bool = True  # every row has its own order of features; otherwise causal, spurious, irrelevant
+
+    def answer(self, score):
+        """The answer to a score: its band's, or its place on the scale."""
+        if self.scale:
+            low, high = self.scale
+            return str(round(100 * (min(max(score, low), high) - low) / (high - low)))
+        return next(answer for lowest, answer in self.bands if round(score, 6) >= lowest)
+
+
+STG = Game(
+    name="STG",
+    causal=(Feature("Smoking", weight=1.2), Feature("Weight", weight=0.7), Feature("Exercise", weight=-1.0)),
+    spurious=(Feature("Yellow fingers", copies="Smoking", ratio=1.5), Feature("Clothing size", copies="Weight", ratio=1.0),
+              Feature("Hormones", copies="Exercise", ratio=0.5)),
+    irrelevant=(Feature("Room size"), Feature("Certain gene")),
+    question="Here is the statistical data for a person. Please predict the probability of cancer. {features} Answer: ",
+    bands=((7.3, "High Risk"), (2.7, "Middle Risk"), (-math.inf, "Low Risk")))  # scores are tenths: > 7.2 is >= 7.3
+
+STG_H = Game(
+    name="STG_H",
+    causal=(Feature("Industrial Emissions", 30, 70, 2.0, 1, weight=0.3),
+            Feature("Vehicle Emissions", 20, 60, 2.0, 1, weight=0.25),
+            Feature("Coal Dependency", 10, 50, 1.5, 1, "%", weight=0.2),
+            Feature("Agricultural Burning", 10, 30, 1.0, 1, weight=0.15),
+            Feature("Urban Green Coverage", 40, 80, 3.0, 1, "%", weight=-0.2),
+            Feature("Meteorological Dispersion", 50, 90, 3.0, 1, weight=-0.3)),
+    spurious=(Feature("Ice Cream Sales Index", 5, 9, 2.0, 1, copies="Meteorological Dispersion", ratio=0.4),
+              Feature("Allergy Complaints Level", 2, 6, 3.0, 1, copies="Agricultural Burning", ratio=0.2),
+              Feature("Renewable Stock Index", 3, 7, 1.5, 0, copies="Industrial Emissions", ratio=1.1),
+              Feature("Public Transport Subscriptions (k)", 3, 9, 2.0, 1, copies="Vehicle Emissions", ratio=0.15),
+              Feature("Water Awareness Score", -8, -4, 1.0, 1, copies="Urban Green Coverage", ratio=-0.1)),
+    irrelevant=(Feature("City Anniversary", 1, 100, unit="th"), Feature("Average Internet Speed", 80, 120, 3.0, 1, "Mbps"),
+                Feature("Number of Libraries", 10, 50)),
+    question="{features}. Given these diverse conditions, what is the projected Air Quality Index (AQI) on a 0-100 scale? "
+             "Answer: ",
+    scale=(-20, 30), shuffle=False)
+
+GAMES = {game.name: game for game in (STG, STG_H)}
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question with its answer. Spans are (start, end) in characters of input + target."""
+    input: str
+    target: str
+    edges: tuple = ()  # ((effect span, cause span), ...): predicting the effect should look at the cause
+    roles: tuple = ()  # ((role, span), ...) of the numbers; empty when nobody knows
+    source: str = ""  # "file:line", for messages
+
+
+def draw(feature, rng):
+    """A uniform value in low..high, a whole number when neither decimals nor noise are asked for."""
+    if feature.noise or feature.decimals:
+        return rng.uniform(feature.low, feature.high)
+    return rng.randint(feature.low, feature.high)
+
+
+def generate(game, n, ood=False, seed=0, edges="value", exclude=()):
+    """n rows of a game, no two alike in their numbers (paper, section 4).
+
+    ood: the spurious features stop copying and are drawn on their own. edges: "value" puts cause edges on the number
+    only ("8"), "span" on all of "Smoking: 8". exclude: Examples whose numbers must not come up again.
+    Returns a list of Example. The same arguments give the same rows everywhere: only Python's own generator is used.
+    Raises ValueError for n < 1, and when the game has too few different rows.
+    """
+    if n < 1:
+        raise ValueError(f"rows is {n}: give at least 1")
+    rng = random.Random(f"{game.name} {ood} {seed}")
+    features = game.causal + game.spurious + game.irrelevant
+    seen = {numbers(example, game) for example in exclude}
+    examples = []
+    for _ in range(20 * n + 1000):
+        value = {f.name: draw(f, rng) + rng.gauss(0, f.noise) for f in game.causal + game.irrelevant}
+        for f in game.spurious:
+            copy = f.ratio * value[f.copies]
+            value[f.name] = draw(f, rng) if ood else copy + rng.gauss(0, f.noise) if f.noise else math.floor(copy)
+        score = sum(f.weight * value[f.name] for f in game.causal)
+        example = write(game, {f: f"{value[f.name]:.{f.decimals}f}" for f in features}, game.answer(score), edges, rng)
+        if numbers(example, game) not in seen:
+            seen.add(numbers(example, game))
+            examples.append(example)
+            if len(examples) == n:
+                return examples
+    raise ValueError(f"rows is {n}: {game.name} has too few different rows, ask for fewer")
+
+
+def write(game, shown, answer, edges, rng):
+    """The Example with the numbers `shown` ({feature: text}): writes the text and notes where each number stands."""
+    groups = [[(role, f) for f in getattr(game, role)] for role in ROLES[1:]]
+    separator = "; "
+    if game.shuffle:
+        groups, separator = [sum(groups, [])], ", "
+        rng.shuffle(groups[0])
+    before, after = game.question.split("{features}")
+    text, roles = before, []
+    for g, group in enumerate(groups):
+        text += ". " if g else ""
+        for i, (role, f) in enumerate(group):
+            text += separator if i else ""
+            start = len(text)
+            text += f"{f.name}: "
+            roles.append((role, (start if edges == "span" else len(text), len(text) + len(shown[f]))))
+            text += shown[f] + f.unit
+    text += after
+    effect = (len(text), len(text) + len(answer))
+    return Example(text, answer, tuple((effect, span) for role, span in roles if role == "causal"), tuple(roles))
+
+
+def numbers(example, game):
+    """What makes a row of a game the same row: its numbers, whatever the order they are written in."""
+    return tuple(sorted(example.input[len(game.question.split("{features}")[0]):].split(", ")))
+
+
+def fold(text):
+    """Lower case, character by character: the few that would change length stay, so that positions stay true."""
+    return "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
+
+
+def occurrences(text, phrase, start=0):
+    """Every (start, end) at which phrase stands in text. A number at its ends must be whole: "1" is not in "10", "-1" or
+    "1.5"."""
+    found = []
+    start = text.find(phrase, start) if phrase else -1
+    while start >= 0:
+        end = start + len(phrase)
+        before, after = "  " + text[max(start - 2, 0):start], text[end:end + 2] + "  "
+        joins_left = phrase[0].isdigit() and (before[-1].isdigit() or before[-1] in ".," and before[-2].isdigit()
+                                              or before[-1] == "-" and not before[-2].isalnum())
+        joins_right = phrase[-1].isdigit() and (after[0].isdigit() or after[0] in ".," and after[1].isdigit())
+        if not joins_left and not joins_right:
+            found.append((start, end))
+        start = text.find(phrase, start + 1)
+    return found
+
+
+def find(text, phrase, start=0):
+    """`occurrences`, exact; when there are none, in any case."""
+    return occurrences(text, phrase, start) or occurrences(fold(text), fold(phrase), start)
+
+
+def link(input, target, important, edges="value"):
+    """Phrases to edges (paper, section 3.1): important is a list of {effect phrase: [cause phrases]}.
+
+    An effect is looked for in the target first, then everywhere; a cause counts only where it ends before its effect
+    starts. edges: "value" narrows a cause to the numbers in it, when it has one; "span" keeps it whole.
+    Returns (edges, missing, late): the edges as in Example, phrases that are not in the text, and causes that are but
+    never before their effect.
+    """
+    text, links, missing, late = input + target, [], [], []
+    for group in important:
+        for effect, causes in group.items():
+            effects = find(text, effect, len(input)) or find(text, effect)
+            if not effects:
+                missing.append(effect)
+                continue
+            for cause in causes:
+                spans = find(text, cause)
+                pairs = [(e, c) for e in effects for c in spans if c[1] <= e[0]]
+                if not pairs:
+                    (late if spans else missing).append(cause)
+                for e, (start, end) in pairs:
+                    found = re.finditer(r"-?\d+(?:[.,]\d+)*", text[start:end]) if edges == "value" else ()
+                    links += [(e, (start + n.start(), start + n.end())) for n in found] or [(e, (start, end))]
+    return tuple(links), missing, late
+
+
+def parse(line):
+    """One JSON line to (input, target, important). ValueError says what is wrong and what to do."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"broken JSON ({str(error).split(':')[0]}): write one object on each line") from None
+    if not isinstance(row, dict):
+        raise ValueError('not a JSON object: write {"input": ..., "target": ...}')
+    for key in ("input", "target"):
+        value = row.get(key)
+        if key == "target" and type(value) in (int, float) and abs(value) < math.inf:
+            row[key] = value = str(value)
+        if not isinstance(value, str) or not value.strip():
+            what = "is missing" if key not in row else "is empty" if isinstance(value, str) else f"is {value!r:.40}"
+            raise ValueError(f'"{key}" {what}: give a text{" or a number" if key == "target" else ""}')
+    try:
+        (row["input"] + row["target"]).encode()
+    except UnicodeEncodeError:
+        raise ValueError("half of a surrogate pair in the text: replace it") from None
+    important = row.get("important") or []
+    important = [important] if isinstance(important, dict) else important
+    if not (isinstance(important, list) and all(isinstance(group, dict) and all(
+            isinstance(causes, list) and all(isinstance(cause, str) for cause in causes) for causes in group.values())
+            for group in important)):
+        raise ValueError('"important" has the wrong shape: give [{"effect": ["cause", ...]}, ...] or leave it out')
+    return row["input"], row["target"], important
+
+
+def read(path, edges="value", skip_bad=False):
+    """JSON Lines with input, target and optional important to (list of Example, summary line).
+
+    A byte order mark, CRLF and blank lines are fine. A bad line raises ValueError as "file:line: what, and what to do",
+    or is counted with skip_bad; phrases that are missing are always only counted. OSError when the file can't be read.
+    """
+    examples, missing, late, bad, unlinked = [], [], [], 0, 0
+    with open(path, "rb") as file:
+        for n, line in enumerate(file, 1):
+            try:
+                line = line.decode("utf-8-sig" if n == 1 else "utf-8")
+                if not line.strip():
+                    continue
+                input, target, important = parse(line)
+            except ValueError as error:
+                if not skip_bad:
+                    what = "not UTF-8: save the file as UTF-8" if isinstance(error, UnicodeDecodeError) else error
+                    raise ValueError(f"{path}:{n}: {what}, or pass --skip-bad") from None
+                bad += 1
+                continue
+            links, row_missing, row_late = link(input, target, important, edges)
+            missing += [f"{n}: {phrase!r}" for phrase in row_missing]
+            late += [f"{n}: {phrase!r}" for phrase in row_late]
+            unlinked += bool(important) and not links
+            examples.append(Example(input, target, links, source=f"{path}:{n}"))
+    if not examples:
+        raise ValueError(f"{path}: no rows: give one JSON object on each line")
+    summary = f"{path}: {len(examples)} rows, {sum(bool(e.edges) for e in examples)} supervised"
+    if bad:
+        summary += f"; skipped {bad} bad lines"
+    if missing or late:
+        summary += (f"; dropped {len(missing)} phrases not in the text, {len(late)} causes not before their effect, "
+                    f"{unlinked} rows left without an edge, such as line {', '.join((missing + late)[:3])}")
+    return examples, summary
+
+
+# GPT-2 puts a space before the word; here ": " is one token, so a prompt that ends in a space is cut where training cut it.
+PATTERN = r"\p{N}{1,3}| ?\p{L}+|[^\s\p{L}\p{N}]+\s*|\s+"
+
+
+def build_tokenizer(texts, digits=3):
+    """A byte-level tiktoken.Encoding made from `texts`, without a download: it encodes any text and decodes it exactly.
+
+    One token: each byte, each number of up to `digits` digits (1 or 3), each word or mark that occurs at least twice.
+    """
+    pieces = [bytes([i]) for i in range(256)]
+    pieces += [str(i).encode() for i in range(10 ** digits)]
+    counts = Counter(piece for text in texts for piece in re.findall(r" ?[^\W\d_]+|[^\w\s]+\s*", text))
+    pieces += [piece.encode() for piece, count in counts.most_common(8192) if count > 1]
+    return tokenizer_from(list(dict.fromkeys(pieces)), digits)
+
+
+def tokenizer_from(pieces, digits=3):
+    """The tiktoken.Encoding whose token i is pieces[i], a list of bytes; END is the token after the last."""
+    return tiktoken.Encoding(name="game", pat_str=PATTERN.replace("3", str(digits)), special_tokens={END: len(pieces)},
+                             mergeable_ranks={piece: i for i, piece in enumerate(pieces)})
+
+
+def token_spans(tokenizer, tokens):
+    """[(start, end), ...] of each token, in characters of the decoded text: every character it holds a byte of."""
+    text, starts = tokenizer.decode_with_offsets(tokens)
+    ends = starts[1:] + [len(text)]
+    for i, piece in enumerate(tokenizer.decode_tokens_bytes(tokens[1:])):
+        ends[i] += 0x80 <= piece[0] < 0xC0  # the next token goes on inside the same character
+    return list(zip(starts, ends))
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """N encoded rows, padded on the right to the longest, T tokens. Tensors are made once; a batch is cut from them."""
+    idx: torch.Tensor  # (N, T) token ids
+    targets: torch.Tensor  # (N, T) the token after each position, -100 where there is none
+    answer: torch.Tensor  # (N, T) bool: positions that predict a token of the answer, END included
+    role: torch.Tensor  # (N, T) index into ROLES
+    edges: torch.Tensor  # (E, 2) query and key of each edge, row after row
+    first_edge: torch.Tensor  # (N + 1,) where each row's edges start in `edges`
+
+
+def encode(examples, tokenizer, block_size, device="cpu", skip_bad=False):
+    """Examples to a Dataset. Character spans become tokens; edges are moved to the queries that predict.
+
+    A decoder predicts token t + 1 at position t: an effect on tokens s..e is predicted by rows s-1..e-1, and those are
+    the rows that get the edges. Keys are the cause's tokens before s, so no edge points at the future.
+    A row longer than block_size raises ValueError with its file and line, or is left out with skip_bad.
+    """
+    rows, edges, first_edge = [], [], [0]
+    end = tokenizer.encode_single_token(END)
+    T = 0
+    for n, example in enumerate(examples):
+        prompt, answer = tokenizer.encode_ordinary(example.input), tokenizer.encode_ordinary(example.target)
+        tokens = prompt + answer
+        if len(tokens) > block_size:
+            if skip_bad:
+                continue
+            raise ValueError(f"{example.source or f'row {n + 1}'}: {len(tokens)} tokens, over block_size {block_size}: "
+                             "shorten the text, or raise --block-size, or pass --skip-bad")
+        spans = token_spans(tokenizer, tokens)
+        starts, ends = [s for s, _ in spans], [e for _, e in spans]
+        tokens_of = lambda span: range(bisect.bisect_right(ends, span[0]), bisect.bisect_left(starts, span[1]))
+        links = set()
+        for effect, cause in example.edges:
+            effect = tokens_of(effect)
+            links.update((t - 1, key) for t in effect for key in tokens_of(cause) if t > 0 and key < effect[0])
+        edges += sorted(links)
+        first_edge.append(len(edges))
+        roles = [(ROLES.index(role), t) for role, span in example.roles for t in tokens_of(span)]
+        rows.append((tokens, len(prompt), roles))
+        T = max(T, len(tokens))
+    idx = torch.full((len(rows), T), end)
+    targets = torch.full((len(rows), T), -100)
+    answer = torch.zeros(len(rows), T, dtype=torch.bool)
+    role = torch.zeros(len(rows), T, dtype=torch.uint8)
+    for n, (tokens, prompt, roles) in enumerate(rows):
+        idx[n, :len(tokens)] = torch.tensor(tokens)
+        targets[n, :len(tokens)] = torch.tensor(tokens[1:] + [end])
+        answer[n, prompt - 1:len(tokens)] = True
+        for index, t in roles:
+            role[n, t] = index
+    return Dataset(*(tensor.to(device) for tensor in (
+        idx, targets, answer, role, torch.tensor(edges, dtype=torch.long).view(-1, 2), torch.tensor(first_edge))))
+
+
+def adjacency_of(data, rows):
+    """Dense adjacency (B, T, T), bool, of the rows (B,) of a Dataset: [b, i, j] is an edge from query i to key j."""
+    counts = data.first_edge[rows + 1] - data.first_edge[rows]  # (B,)
+    b = torch.repeat_interleave(counts)  # (E,) which row of the batch each edge is of
+    within = torch.arange(len(b), device=b.device) - (counts.cumsum(0) - counts)[b]
+    query, key = data.edges[data.first_edge[rows][b] + within].unbind(-1)
+    adjacency = torch.zeros(len(rows), data.idx.shape[1], data.idx.shape[1], dtype=torch.bool, device=b.device)
+    adjacency[b, query, key] = True
+    return adjacency
+
+
+def describe(examples, tokenizer):
+    """What was understood of the examples, as lines of text, with the edges of one of them drawn."""
+    labels = Counter(example.target for example in examples)
+    data = encode(examples, tokenizer, sys.maxsize)
+    lengths = (data.targets != -100).sum(dim=1).sort().values
+    linked = data.first_edge.diff().nonzero()[:, 0]
+    lines = [f"answers: {len(labels)}, " + ", ".join(f"{label!r} {n / len(examples):.1%}" for label, n in labels.most_common(5)),
+             f"tokens: {lengths[0]} to {lengths[-1]}, median {lengths[len(lengths) // 2]}, {tokenizer.n_vocab} in the vocabulary",
+             f"edges: {len(data.edges)} in {len(linked)} of {len(examples)} rows"]
+    if len(linked):
+        n = linked[0]
+        token = [repr(tokenizer.decode([t])) for t in data.idx[n].tolist()]
+        lines += [examples[n].input + examples[n].target, "each query, the token it predicts, the keys it should look at:"]
+        for query, keys in enumerate(adjacency_of(data, linked[:1])[0]):
+            if keys.any():
+                shown = "  ".join(f"{token[key]} at {key}" for key in keys.nonzero()[:, 0].tolist())
+                lines.append(f"  {token[query]} at {query} predicts {token[query + 1]}  <-  {shown}")
+    return "\n".join(lines)
+
+
+def dump(examples):
+    """Examples as JSON Lines in the format that `read` takes; causes are written as their edges have them."""
+    for example in examples:
+        text, important = example.input + example.target, {}
+        for effect, cause in example.edges:
+            important.setdefault(text[slice(*effect)], []).append(text[slice(*cause)])
+        row = {"input": example.input, "target": example.target, "important": [important]}
+        yield json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def save(path, write):
+    """Calls write(temporary path), then renames it to path: the file is whole or absent."""
+    temporary = f"{path}.tmp"
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Show what is understood of a data file, or write a generated one.")
+    parser.add_argument("file", nargs="?", help="JSON Lines file to describe")
+    parser.add_argument("--game", choices=GAMES, help="generate rows of this game instead")
+    parser.add_argument("--rows", type=int, default=1600, help="rows to generate (default 1600)")
+    parser.add_argument("--ood", action="store_true", help="spurious features stop copying")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the generated rows (default 0)")
+    parser.add_argument("--out", help="file to write the generated rows to")
+    parser.add_argument("--edges", choices=("value", "span"), default="value", help="what of a cause to look at (default value)")
+    parser.add_argument("--skip-bad", action="store_true", help="skip and count bad lines instead of stopping")
+    args = parser.parse_args()
+    if (args.file is None) == (args.game is None):
+        parser.error("give a FILE to describe, or --game to generate one")
+    if args.out and not args.game:
+        parser.error("--out writes generated rows: give --game too")
+    try:
+        if args.game:
+            examples = generate(GAMES[args.game], args.rows, args.ood, args.seed, "span" if args.out else args.edges)
+            print(f"{args.game}: {len(examples)} rows, {'ood' if args.ood else 'iid'}, seed {args.seed}")
+        else:
+            examples, summary = read(args.file, args.edges, args.skip_bad)
+            print(summary)
+        print(describe(examples, build_tokenizer(e.input + e.target for e in examples)))
+        if args.out:
+            save(args.out, lambda path: open(path, "w", encoding="utf-8").writelines(dump(examples)))
+            print(f"wrote {args.out}")
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"data.py: {error}\n")
+
+
+if __name__ == "__main__":
+    main()
