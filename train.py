@@ -1,0 +1,371 @@
+"""Train the same small GPT without and with Causal Attention Tuning (CAT), and print how both do in and out of distribution."""
+import argparse
+import dataclasses
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from collections import Counter
+
+import tiktoken
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from cat import FORMS, attention_ratio, average_attention, gamma_at, re_attention_loss
+from data import END, GAMES, ROLES, adjacency_of, build_tokenizer, encode, generate, read, save, tokenizer_from
+from model import GPT, GPTConfig
+
+TEST_ROWS = 1000  # in each of the generated test sets and the validation set
+
+
+def number(kind, low, high=math.inf, above=False):
+    """An argparse type: a finite `kind` from low (or above it) to high."""
+    def convert(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low < value if above else low <= value) or not value <= high or value == math.inf:
+            what = "a whole number" if kind is int else "a number"
+            limit = f"above {low}" if above else f"of at least {low}"
+            raise argparse.ArgumentTypeError(f"{text!r} is out of range: give {what} {limit}"
+                                             + (f" and at most {high}" if high < math.inf else ""))
+        return value
+    return convert
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(prog="train.py", description=__doc__,
+                                     formatter_class=lambda prog: argparse.HelpFormatter(prog, width=120, max_help_position=32))
+    parser.error = lambda message: parser.exit(2, f"train.py: {message}\n")  # one line, without the usage
+    positive, fraction = number(int, 1), number(float, 0)
+
+    def add(flag, help, **options):
+        if options.get("default") is not None:
+            help += f" (default {options['default']})"
+        parser.add_argument(flag, help=help, **options)
+
+    add("--cat", "train only the run with CAT", dest="runs", action="store_const", const="cat")
+    add("--no-cat", "train only the run without CAT", dest="runs", action="store_const", const="no-cat")
+    add("--both", "train both, without CAT first (default)", dest="runs", action="store_const", const="both")
+    parser.set_defaults(runs="both")
+    add("--game", "Spurious Token Game to generate", choices=GAMES, default="STG")
+    add("--rows", "training rows to generate", type=positive, default=8000)
+    add("--train", "train on this JSON Lines file instead of a game; needs --iid and --ood", metavar="FILE")
+    add("--iid", "test file from the same distribution as --train", metavar="FILE")
+    add("--ood", "test file in which the spurious correlations are broken", metavar="FILE")
+    add("--skip-bad", "skip and count bad lines of these files instead of stopping", action="store_true")
+    add("--edges", "what of a cause is causal: its number (8) or the whole span (Smoking: 8)", choices=("value", "span"),
+        default="value")
+    add("--tokenizer", "one token per word and number, per word and digit, or GPT-2's (a download)",
+        choices=("words", "digits", "gpt2"), default="words")
+    add("--epochs", "passes over the training rows", type=positive, default=5)
+    add("--batch-size", "rows in a step", type=positive, default=16)
+    add("--lr", "highest learning rate of AdamW: warm-up, then cosine to 0", type=number(float, 0, above=True), default=3e-3)
+    add("--weight-decay", "of AdamW, on matrices only", type=fraction, default=0.1)
+    add("--loss", "next-token loss on all tokens, or on the answer's only", choices=("all", "answer"), default="all")
+    add("--form", "form of the Re-Attention loss; hinge is the paper's", choices=FORMS, default="log")
+    add("--alpha", "ratio of causal to other attention to reach", type=number(float, 0, above=True), default=1000.0)
+    add("--gamma", "weight of the Re-Attention loss at the start", type=fraction, default=0.1)
+    add("--decay", "gamma falls by exp(-decay) each epoch", type=fraction, default=0.1)
+    add("--layers", "layers whose attention is supervised: last, all, or numbers from 0 such as 0,1", default="last")
+    add("--n-layer", "layers of the model", type=positive, default=2)
+    add("--n-head", "attention heads in a layer", type=positive, default=4)
+    add("--n-embd", "width of the model", type=positive, default=64)
+    add("--block-size", "longest row, in tokens", type=positive, default=256)
+    add("--seed", "of data, weights and order; several give mean and spread", type=number(int, 0), nargs="+", default=[1])
+    add("--device", "auto takes cuda, then mps, then cpu", choices=("auto", "cuda", "mps", "cpu"), default="auto")
+    add("--threads", "CPU threads (default: torch's choice)", type=positive)
+    add("--out", "folder for metrics.jsonl and checkpoints", default="out")
+    add("--eval", "print the row of a checkpoint again, and train nothing", metavar="CHECKPOINT")
+    add("--ask", "answer a question with the --eval checkpoint, and show where it looks", metavar="TEXT")
+    add("--bench", "time training steps without and with CAT, and train nothing", action="store_true")
+    args = parser.parse_args(argv)
+    layers = {"last": [args.n_layer - 1], "all": range(args.n_layer)}.get(args.layers, args.layers.split(","))
+    if not all(str(layer).isdecimal() and int(layer) < args.n_layer for layer in layers):
+        parser.error(f"--layers is {args.layers!r}: give last, all, or numbers from 0 to {args.n_layer - 1} such as 0,1")
+    args.supervised = [int(layer) for layer in layers]
+    files = (args.train, args.iid, args.ood)
+    if any(files) and not all(files):
+        parser.error("--train, --iid and --ood go together: give all three, or none to generate a game")
+    if args.ask is not None and not args.eval:
+        parser.error("--ask needs a checkpoint: give --eval out/cat-1.pt too")
+    return args
+
+
+def load_examples(args, seed):
+    """{"train", "val", "iid", "ood"}: lists of Example, generated or read; a file has no val."""
+    if args.train:
+        splits = {}
+        for name in ("train", "iid", "ood"):
+            splits[name], summary = read(getattr(args, name), args.edges, args.skip_bad)
+            print(summary)
+        return splits
+    game = GAMES[args.game]
+    rows = generate(game, args.rows + 2 * TEST_ROWS, False, seed, args.edges)
+    return {"train": rows[:args.rows], "val": rows[args.rows:-TEST_ROWS], "iid": rows[-TEST_ROWS:],
+            "ood": generate(game, TEST_ROWS, True, seed, args.edges, exclude=rows)}
+
+
+def load_tokenizer(args, examples):
+    """The tokenizer that --tokenizer names, built from the training examples where it is built at all."""
+    if args.tokenizer == "gpt2":
+        try:
+            return tiktoken.get_encoding("gpt2")
+        except Exception as error:  # whatever the download raises
+            raise ValueError(f"--tokenizer gpt2 downloads its vocabulary, which failed ({type(error).__name__}): "
+                             "connect, or use --tokenizer words") from None
+    return build_tokenizer((e.input + e.target for e in examples), digits=1 if args.tokenizer == "digits" else 3)
+
+
+@torch.no_grad()
+def evaluate(model, data, args, limit=None):
+    """Of the first `limit` rows of a Dataset, by name: "accuracy" of whole greedy answers; "shares", the attention that
+    the query predicting the answer pays each of ROLES, in the supervised and in all layers, None when no role is known;
+    "ratio", mean causal over mean other attention of the supervised rows, None when there are none."""
+    hits, shares, causal, other = [], [], [], []
+    for rows in torch.arange(len(data.idx), device=data.idx.device)[:limit].split(256):
+        logits, attentions = model(data.idx[rows])
+        # every answer token right given the right ones before it: what greedy decoding of the answer would give
+        answer, predicted = data.answer[rows], logits.argmax(dim=-1)
+        hits.append(((predicted == data.targets[rows]) | ~answer).all(dim=1))
+        first = answer.int().argmax(dim=1)  # (B,) the query that predicts the answer's first token
+        supervised = average_attention([attentions[layer] for layer in args.supervised])  # (B, T, T)
+        role = F.one_hot(data.role[rows].long(), len(ROLES)).float()  # (B, T, 4)
+        b = torch.arange(len(rows), device=rows.device)
+        shares.append(torch.stack([(attn[b, first][:, None] @ role)[:, 0] for attn in  # (B, 4) each
+                                   (supervised, average_attention(attentions))], dim=1))
+        row_causal, row_other, _ = attention_ratio(supervised, adjacency_of(data, rows))
+        causal.append(row_causal)
+        other.append(row_other)
+    shares = torch.cat(shares).mean(dim=0).tolist()  # (2, 4)
+    ratio = (torch.cat(causal).mean() / torch.cat(other).mean()).item()
+    return {"accuracy": torch.cat(hits).float().mean().item(), "shares": shares if data.role.any() else None,
+            "ratio": ratio if math.isfinite(ratio) else None}
+
+
+def losses(model, data, rows, args, cat):
+    """L_next and L_attn of some rows of a Dataset; L_attn is 0 without CAT."""
+    logits, attentions = model(data.idx[rows])
+    targets = data.targets[rows]  # (B, T)
+    if args.loss == "answer":
+        targets = targets.masked_fill(~data.answer[rows], -100)
+    l_next = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+    if not cat:
+        return l_next, torch.zeros(())
+    attn = average_attention([attentions[layer] for layer in args.supervised])  # (B, T, T)
+    return l_next, re_attention_loss(attn, adjacency_of(data, rows), args.alpha, args.form)
+
+
+def make_model(args, vocab_size, seed):
+    """The model and its optimiser; the same seed gives the same weights with and without CAT."""
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(vocab_size, args.block_size, args.n_layer, args.n_head, args.n_embd)).to(args.device)
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() == 1]
+    return model, torch.optim.AdamW([{"params": matrices, "weight_decay": args.weight_decay},
+                                     {"params": others, "weight_decay": 0.0}], lr=args.lr, betas=(0.9, 0.99))
+
+
+def step(model, optimizer, data, rows, args, gamma, lr, cat):
+    """One update of the weights on L = L_next + gamma * L_attn. Returns L_next and L_attn as floats; when L is not finite,
+    the weights stay as they were."""
+    l_next, l_attn = losses(model, data, rows, args, cat)
+    loss = l_next + gamma * l_attn
+    if math.isfinite(loss.item()):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return l_next.item(), l_attn.item()
+
+
+def train(args, seed, run, splits, tokenizer, metrics):
+    """One run, "CAT" or "no CAT": writes a line an epoch to the file `metrics` and a checkpoint at the end.
+    Returns its result row. ValueError when the loss is not finite."""
+    data = {name: encode(examples, tokenizer, args.block_size, args.device, args.skip_bad) for name, examples in splits.items()}
+    model, optimizer = make_model(args, tokenizer.n_vocab, seed)
+    n = len(data["train"].idx)
+    steps = args.epochs * math.ceil(n / args.batch_size)
+    done, last = 0, []
+    with tqdm(total=steps, desc=f"seed {seed}, {run:>6}", disable=None) as bar:
+        for epoch in range(args.epochs):
+            gamma = gamma_at(epoch, args.gamma, args.decay)
+            loss = attn_loss = 0.0
+            for rows in torch.randperm(n).split(args.batch_size):
+                warm_up, cosine = (done + 1) / max(1, steps // 20), 0.5 * (1 + math.cos(math.pi * done / steps))
+                l_next, l_attn = step(model, optimizer, data["train"], rows.to(args.device), args, gamma,
+                                      args.lr * min(warm_up, cosine), run == "CAT")
+                total = l_next + gamma * l_attn
+                if not math.isfinite(total):
+                    raise ValueError(f"loss is {total} at step {done} ({run}), last finite {', '.join(last) or 'none'}: "
+                                     f"lower --lr {args.lr}" + (f" or --gamma {args.gamma}" if run == "CAT" else ""))
+                last = last[-2:] + [f"{total:.4g}"]
+                loss += l_next * len(rows) / n
+                attn_loss += l_attn * len(rows) / n
+                done += 1
+                bar.update()
+            # the ood rows of a file are looked at once, after training
+            accuracy = {name: evaluate(model, data[name], args)["accuracy"] for name in data
+                        if name in ("val", "iid") or name == "ood" and not args.train}
+            ratio = evaluate(model, data["train"], args, limit=256)["ratio"]
+            metrics.write(json.dumps({"run": run, "seed": seed, "epoch": epoch + 1, "loss": loss, "attn_loss": attn_loss,
+                                      "ratio": ratio, **accuracy}) + "\n")
+            metrics.flush()
+            bar.set_postfix_str(f"loss {loss:.3f}, attention loss {attn_loss:.3f}, ratio {ratio or 0:.3g}")
+    pieces = [tokenizer.decode_single_token_bytes(i).decode("latin-1") for i in range(tokenizer.n_vocab - 1)]
+    checkpoint = {"model": model.state_dict(), "config": dataclasses.asdict(model.config), "tokenizer": pieces,
+                  "args": vars(args), "run": run, "seed": seed}
+    save(os.path.join(args.out, f"{run.lower().replace(' ', '-')}-{seed}.pt"), lambda path: torch.save(checkpoint, path))
+    return result_row(model, data, args, seed, run)
+
+
+def load_checkpoint(path, device):
+    """(model, tokenizer, args, run, seed) of a checkpoint. ValueError when the file is not one."""
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)  # tensors and plain values, never code
+        pieces = [piece.encode("latin-1") for piece in checkpoint["tokenizer"]]
+        args = argparse.Namespace(**checkpoint["args"])
+        model = GPT(GPTConfig(**checkpoint["config"])).to(device)
+        model.load_state_dict(checkpoint["model"])
+        tokenizer = tokenizer_from(pieces, 1 if args.tokenizer == "digits" else 3)
+        return model, tokenizer, args, checkpoint["run"], checkpoint["seed"]
+    except OSError:
+        raise
+    except Exception as error:  # a foreign or cut file fails in many ways, all of them the same to the reader
+        raise ValueError(f"{path}: not a checkpoint of train.py ({type(error).__name__}): give one of out/*.pt") from None
+
+
+def result_row(model, data, args, seed, run):
+    """What a run is judged by: accuracy on both test sets, and where it looks on the OOD one."""
+    iid, ood = (evaluate(model, data[name], args) for name in ("iid", "ood"))
+    return {"seed": seed, "run": run, "iid": iid["accuracy"], "ood": ood["accuracy"], "shares": ood["shares"]}
+
+
+def print_header(args):
+    print(f"\n{'':20}   IID     OOD   % of attention at the answer on causal / spurious / irrelevant / other tokens")
+    print(f"{'':38}{f'layers {args.layers}':28}layers all")
+
+
+def print_row(row):
+    shares = [" / ".join(f"{100 * share[ROLES.index(role)]:4.1f}" for role in (*ROLES[1:], ROLES[0])) for share in row["shares"] or ()]
+    print(f"{row['run'] + ', seed ' + str(row['seed']):20}{row['iid']:6.3f}  {row['ood']:6.3f}    {'    '.join(shares)}")
+
+
+def print_majority(splits):
+    """Accuracy of always giving the most frequent answer of a test set: what every accuracy is to be held against."""
+    iid, ood = (Counter(e.target for e in splits[name]).most_common(1)[0][1] / len(splits[name]) for name in ("iid", "ood"))
+    print(f"{'majority class':20}{iid:6.3f}  {ood:6.3f}")
+
+
+def print_summary(rows):
+    """Mean, standard deviation and lowest over seeds, for each run."""
+    for run in dict.fromkeys(row["run"] for row in rows):
+        for name in ("iid", "ood"):
+            values = [row[name] for row in rows if row["run"] == run]
+            print(f"{run:>6} {name.upper()}: mean {statistics.mean(values):.3f}, standard deviation {statistics.stdev(values):.3f}, "
+                  f"lowest {min(values):.3f} of {len(values)} seeds")
+
+
+def run_all(args):
+    """All seeds, without and with CAT, and the table."""
+    table = []
+    for seed in args.seed:
+        splits = load_examples(args, seed)
+        if args.runs != "no-cat" and not any(example.edges for example in splits["train"]):
+            raise ValueError(f'{args.train}: no row has an edge to learn from: add "important", or pass --no-cat')
+        tokenizer = load_tokenizer(args, splits["train"])
+        os.makedirs(args.out, exist_ok=True)
+        with open(os.path.join(args.out, "metrics.jsonl"), "a" if table else "w") as metrics:
+            rows = [train(args, seed, run, splits, tokenizer, metrics) for run in ("no CAT", "CAT")
+                    if args.runs in ("both", run.lower().replace(" ", "-"))]
+        if not table:
+            print_header(args)
+        for row in rows:
+            print_row(row)
+        print_majority(splits)
+        table += rows
+    if len(args.seed) > 1:
+        print_summary(table)
+
+
+def ask(model, tokenizer, args, text):
+    """Prints the answer to a question, and the question with each token marked by the attention the answer pays it:
+    by its background on a terminal, otherwise by a percentage after tokens of 1% and more."""
+    game = None if args.train else GAMES[args.game]
+    if game and "Answer:" not in text:
+        text = game.question.replace("{features}", text)
+    tokens = tokenizer.encode_ordinary(text.rstrip() + " " if game else text)
+    if not tokens:
+        raise ValueError("--ask is empty: give a question")
+    idx = torch.tensor([tokens], device=args.device)
+    answer = model.generate(idx, min(16, model.config.block_size - len(tokens)), tokenizer.encode_single_token(END))
+    with torch.no_grad():
+        attentions = model(idx)[1]
+    weights = average_attention([attentions[layer] for layer in args.supervised])[0, -1].tolist()  # (T,)
+    shaded = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    for token, weight in zip(tokens, weights):
+        shown = tokenizer.decode([token])
+        if shaded:
+            shown = f"\x1b[48;5;{232 + round(23 * min(1, 3 * weight))};38;5;{16 if weight > 0.17 else 255}m{shown}\x1b[0m"
+        elif weight >= 0.01:
+            shown += f"[{weight:.0%}]"
+        print(shown, end="")
+    print(f"\n{tokenizer.decode(answer)}")
+
+
+def bench(args, pairs=100):
+    """Times the same training step without and with CAT, in turns, and prints the medians."""
+    splits = {"train": generate(GAMES[args.game], 40 * args.batch_size, False, args.seed[0], args.edges)}
+    tokenizer = load_tokenizer(args, splits["train"])
+    data = encode(splits["train"], tokenizer, args.block_size, args.device)
+    models = [make_model(args, tokenizer.n_vocab, args.seed[0]) for _ in range(2)]
+    times = []
+    for i in range(pairs + 10):
+        rows = torch.randperm(len(data.idx))[:args.batch_size].to(args.device)
+        pair = []
+        for cat in (False, True):
+            start = time.perf_counter()
+            step(*models[cat], data, rows, args, args.gamma, args.lr, cat)
+            pair.append(time.perf_counter() - start)
+        times.append(pair)
+    without, with_cat, ratio = (statistics.median(column) for column in zip(*((a, b, b / a) for a, b in times[10:])))
+    print(f"a step of {args.batch_size} rows on {args.device}, {torch.get_num_threads()} threads, median of {pairs} pairs: "
+          f"{1000 * without:.2f} ms without CAT, {1000 * with_cat:.2f} ms with, ratio {ratio:.3f}")
+
+
+def main():
+    args = parse_args()
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    try:
+        if args.bench:
+            bench(args)
+        elif not args.eval:
+            run_all(args)
+        else:
+            model, tokenizer, saved, run, seed = load_checkpoint(args.eval, args.device)
+            saved.device = args.device
+            if args.ask is not None:
+                ask(model, tokenizer, saved, args.ask)
+            else:
+                splits = load_examples(saved, seed)
+                data = {name: encode(splits[name], tokenizer, saved.block_size, args.device, saved.skip_bad)
+                        for name in ("iid", "ood")}
+                print_header(saved)
+                print_row(result_row(model, data, saved, seed, run))
+                print_majority(splits)
+    except (ValueError, OSError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
