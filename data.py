@@ -112,20 +112,21 @@ def generate(game, n, ood=False, seed=0, edges="value", exclude=()):
     rng = random.Random(f"{game.name} {ood} {seed}")
     features = game.causal + game.spurious + game.irrelevant
     seen = {numbers(example, game) for example in exclude}
-    examples = []
-    for _ in range(20 * n + 1000):
+    examples, misses = [], 0
+    while len(examples) < n:
         value = {f.name: draw(f, rng) + rng.gauss(0, f.noise) for f in game.causal + game.irrelevant}
         for f in game.spurious:
             copy = f.ratio * value[f.copies]
             value[f.name] = draw(f, rng) if ood else copy + rng.gauss(0, f.noise) if f.noise else math.floor(copy)
         score = sum(f.weight * value[f.name] for f in game.causal)
         example = write(game, {f: f"{value[f.name]:.{f.decimals}f}" for f in features}, game.answer(score), edges, rng)
-        if numbers(example, game) not in seen:
+        misses = misses + 1 if numbers(example, game) in seen else 0
+        if misses == 1000:  # in a row
+            raise ValueError(f"rows is {n}: {game.name} has too few different rows, ask for fewer")
+        if not misses:
             seen.add(numbers(example, game))
             examples.append(example)
-            if len(examples) == n:
-                return examples
-    raise ValueError(f"rows is {n}: {game.name} has too few different rows, ask for fewer")
+    return examples
 
 
 def write(game, shown, answer, edges, rng):
@@ -152,7 +153,8 @@ def write(game, shown, answer, edges, rng):
 
 def numbers(example, game):
     """What makes a row of a game the same row: its numbers, whatever the order they are written in."""
-    return tuple(sorted(example.input[len(game.question.split("{features}")[0]):].split(", ")))
+    before, after = game.question.split("{features}")
+    return tuple(sorted(example.input.removeprefix(before).removesuffix(after).split(", ")))
 
 
 def fold(text):
@@ -229,11 +231,14 @@ def parse(line):
         raise ValueError("half of a surrogate pair in the text: replace it") from None
     important = row.get("important") or []
     important = [important] if isinstance(important, dict) else important
-    if not (isinstance(important, list) and all(isinstance(group, dict) and all(
-            isinstance(causes, list) and all(isinstance(cause, str) for cause in causes) for causes in group.values())
-            for group in important)):
-        raise ValueError('"important" has the wrong shape: give [{"effect": ["cause", ...]}, ...] or leave it out')
-    return row["input"], row["target"], important
+    try:
+        important = [{effect: [causes] if isinstance(causes, str) else causes for effect, causes in group.items()}
+                     for group in important]
+        if all(isinstance(cause, str) for group in important for causes in group.values() for cause in causes):
+            return row["input"], row["target"], important
+    except (AttributeError, TypeError):
+        pass
+    raise ValueError('"important" has the wrong shape: give [{"effect": ["cause", ...]}, ...] or leave it out')
 
 
 def read(path, edges="value", skip_bad=False):
@@ -411,7 +416,8 @@ def save(path, write):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Show what is understood of a data file, or write a generated one.")
+    parser = argparse.ArgumentParser(prog="data.py", description="Show what is understood of a data file, or write a generated one.")
+    parser.error = lambda message: parser.exit(2, f"data.py: {message}\n")  # one line, without the usage
     parser.add_argument("file", nargs="?", help="JSON Lines file to describe")
     parser.add_argument("--game", choices=GAMES, help="generate rows of this game instead")
     parser.add_argument("--rows", type=int, default=1600, help="rows to generate (default 1600)")

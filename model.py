@@ -78,7 +78,8 @@ class GPT(nn.Module):
         self.norm = nn.LayerNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         D = config.n_embd // config.n_head
-        angles = torch.outer(torch.arange(config.block_size), 10000.0 ** (-torch.arange(0, D, 2) / D))
+        # base 100, not the usual 10000: a head has few pairs of channels, and all should tell near positions apart
+        angles = torch.outer(torch.arange(config.block_size), 100.0 ** (-torch.arange(0, D, 2) / D))
         self.register_buffer("cos", angles.cos(), persistent=False)  # (block_size, D / 2)
         self.register_buffer("sin", angles.sin(), persistent=False)
         hidden = torch.ones(config.block_size, config.block_size, dtype=torch.bool).triu(1)

@@ -39,11 +39,14 @@ def number(kind, low, high=math.inf, above=False):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__,
-                                     formatter_class=lambda prog: argparse.HelpFormatter(prog, width=120, max_help_position=32))
+                                     formatter_class=lambda prog: argparse.HelpFormatter(prog, width=150, max_help_position=32))
     parser.error = lambda message: parser.exit(2, f"train.py: {message}\n")  # one line, without the usage
     positive, fraction = number(int, 1), number(float, 0)
 
     def add(flag, help, **options):
+        if "choices" in options:
+            help += ": " + ", ".join(options["choices"])
+            options["metavar"] = flag[2:].upper()
         if options.get("default") is not None:
             help += f" (default {options['default']})"
         parser.add_argument(flag, help=help, **options)
@@ -58,16 +61,16 @@ def parse_args(argv=None):
     add("--iid", "test file from the same distribution as --train", metavar="FILE")
     add("--ood", "test file in which the spurious correlations are broken", metavar="FILE")
     add("--skip-bad", "skip and count bad lines of these files instead of stopping", action="store_true")
-    add("--edges", "what of a cause is causal: its number (8) or the whole span (Smoking: 8)", choices=("value", "span"),
+    add("--edges", "what of a cause is causal, its number (8) or the whole span (Smoking: 8)", choices=("value", "span"),
         default="value")
-    add("--tokenizer", "one token per word and number, per word and digit, or GPT-2's (a download)",
+    add("--tokenizer", "words has a token per number, digits one per digit, gpt2 is a download",
         choices=("words", "digits", "gpt2"), default="words")
     add("--epochs", "passes over the training rows", type=positive, default=5)
     add("--batch-size", "rows in a step", type=positive, default=16)
     add("--lr", "highest learning rate of AdamW: warm-up, then cosine to 0", type=number(float, 0, above=True), default=3e-3)
     add("--weight-decay", "of AdamW, on matrices only", type=fraction, default=0.1)
-    add("--loss", "next-token loss on all tokens, or on the answer's only", choices=("all", "answer"), default="all")
-    add("--form", "form of the Re-Attention loss; hinge is the paper's", choices=FORMS, default="log")
+    add("--loss", "tokens with next-token loss", choices=("all", "answer"), default="all")
+    add("--form", "form of the Re-Attention loss, hinge is the paper's", choices=FORMS, default="log")
     add("--alpha", "ratio of causal to other attention to reach", type=number(float, 0, above=True), default=1000.0)
     add("--gamma", "weight of the Re-Attention loss at the start", type=fraction, default=0.1)
     add("--decay", "gamma falls by exp(-decay) each epoch", type=fraction, default=0.1)
@@ -77,7 +80,7 @@ def parse_args(argv=None):
     add("--n-embd", "width of the model", type=positive, default=64)
     add("--block-size", "longest row, in tokens", type=positive, default=256)
     add("--seed", "of data, weights and order; several give mean and spread", type=number(int, 0), nargs="+", default=[1])
-    add("--device", "auto takes cuda, then mps, then cpu", choices=("auto", "cuda", "mps", "cpu"), default="auto")
+    add("--device", "auto is the first of cuda, mps, cpu", choices=("auto", "cuda", "mps", "cpu"), default="auto")
     add("--threads", "CPU threads (default: torch's choice)", type=positive)
     add("--out", "folder for metrics.jsonl and checkpoints", default="out")
     add("--eval", "print the row of a checkpoint again, and train nothing", metavar="CHECKPOINT")
@@ -227,18 +230,17 @@ def train(args, seed, run, splits, tokenizer, metrics):
 
 def load_checkpoint(path, device):
     """(model, tokenizer, args, run, seed) of a checkpoint. ValueError when the file is not one."""
-    try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)  # tensors and plain values, never code
-        pieces = [piece.encode("latin-1") for piece in checkpoint["tokenizer"]]
-        args = argparse.Namespace(**checkpoint["args"])
-        model = GPT(GPTConfig(**checkpoint["config"])).to(device)
-        model.load_state_dict(checkpoint["model"])
-        tokenizer = tokenizer_from(pieces, 1 if args.tokenizer == "digits" else 3)
-        return model, tokenizer, args, checkpoint["run"], checkpoint["seed"]
-    except OSError:
-        raise
-    except Exception as error:  # a foreign or cut file fails in many ways, all of them the same to the reader
-        raise ValueError(f"{path}: not a checkpoint of train.py ({type(error).__name__}): give one of out/*.pt") from None
+    with open(path, "rb") as file:
+        try:
+            checkpoint = torch.load(file, map_location=device, weights_only=True)  # tensors and plain values, never code
+            pieces = [piece.encode("latin-1") for piece in checkpoint["tokenizer"]]
+            args = argparse.Namespace(**checkpoint["args"])
+            model = GPT(GPTConfig(**checkpoint["config"])).to(device)
+            model.load_state_dict(checkpoint["model"])
+            tokenizer = tokenizer_from(pieces, 1 if args.tokenizer == "digits" else 3)
+            return model, tokenizer, args, checkpoint["run"], checkpoint["seed"]
+        except Exception as error:  # a foreign or cut file fails in many ways, all of them the same to the reader
+            raise ValueError(f"{path}: not a checkpoint of train.py ({type(error).__name__}): give one of out/*.pt") from None
 
 
 def result_row(model, data, args, seed, run):
@@ -339,8 +341,8 @@ def bench(args, pairs=100):
           f"{1000 * without:.2f} ms without CAT, {1000 * with_cat:.2f} ms with, ratio {ratio:.3f}")
 
 
-def main():
-    args = parse_args()
+def main(argv=None):
+    args = parse_args(argv)
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if args.threads:

@@ -1,0 +1,72 @@
+"""The Re-Attention loss row by row, as slow and plain as its definition; `python tests/oracle.py` times it against cat.py."""
+import math
+import time
+
+import torch
+
+EPS = 1e-8
+
+
+def loop_loss(attn, adjacency, alpha, form="hinge", mask=None):
+    B, T, _ = attn.shape
+    penalties = []
+    for b in range(B):
+        for i in range(T):
+            if mask is not None and not mask[b, i]:
+                continue
+            visible = [j for j in range(i + 1) if mask is None or mask[b, j]]
+            causal = [attn[b, i, j] for j in visible if adjacency[b, i, j]]
+            other = [attn[b, i, j] for j in visible if not adjacency[b, i, j]]
+            if not causal or not other:
+                continue
+            c, o = sum(causal) / len(causal) + EPS, sum(other) / len(other) + EPS
+            if c / o >= alpha:
+                penalties.append(0 * c)
+            elif form == "hinge":
+                penalties.append(alpha - c / o)
+            elif form == "log":
+                penalties.append(math.log(alpha) - torch.log(c / o))
+            elif form == "div":
+                penalties.append(-torch.log(1 + c) / torch.log(1 + o))
+            elif form == "div2":
+                penalties.append(-torch.log(1 + c / (1 + o)))
+            elif form == "nll":
+                penalties.append(-c / (c + o))
+    return sum(penalties) / len(penalties) if penalties else 0 * attn.sum()
+
+
+def random_case(B, T, seed, dtype=torch.float64, padded=True):
+    """Attention (B, T, T) whose rows sum to 1, adjacency with some rows empty and some full, and a mask padded on either
+    side or None."""
+    g = torch.Generator().manual_seed(seed)
+    scores = torch.randn(B, T, T, generator=g, dtype=torch.float64)
+    mask = None
+    if padded:
+        mask = torch.ones(B, T, dtype=torch.bool)
+        for b in range(B):
+            pad = int(torch.randint(0, T // 2, (), generator=g))
+            mask[b, :pad] = b % 2 == 0
+            mask[b, T - pad:] = b % 2 == 1
+    adjacency = (torch.rand(B, T, T, generator=g) < (torch.rand(B, T, 1, generator=g) < 0.8) * 0.4).tril()
+    adjacency[:, T // 2] = torch.arange(T) <= T // 2  # a row of causal keys only, which must not count
+    scores = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -1e9)
+    return scores.softmax(dim=-1).to(dtype), adjacency, mask
+
+
+if __name__ == "__main__":
+    import sys
+    from pathlib import Path
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    from cat import re_attention_loss
+
+    attn, adjacency, _ = random_case(16, 256, 0, torch.float32, padded=False)
+    attn.requires_grad_()
+    re_attention_loss(attn, adjacency, 20.0).backward()
+    seconds = []
+    for loss, repeats in ((loop_loss, 1), (re_attention_loss, 20)):
+        start = time.perf_counter()
+        for _ in range(repeats):
+            loss(attn, adjacency, 20.0).backward()
+        seconds.append((time.perf_counter() - start) / repeats)
+    print(f"loss and gradient, B=16, T=256: loop {seconds[0]:.2f} s, vectorised {1000 * seconds[1]:.1f} ms, "
+          f"{seconds[0] / seconds[1]:.0f} times faster")

@@ -1,0 +1,143 @@
+"""The training script: CAT helps on a tiny game, checkpoints say the same again, and every failure is one line and leaves nothing."""
+import json
+import math
+import os
+import pickle
+
+import pytest
+import torch
+
+import train
+from data import GAMES, Feature, Game, encode, generate
+
+TINY = Game("tiny", causal=(Feature("Smoking", weight=1.0),), spurious=(Feature("Fingers", copies="Smoking", ratio=1.0),),
+            irrelevant=(Feature("Room", 1, 999),), question="{features} Answer: ", bands=((5.5, "High"), (-math.inf, "Low")))
+FLAGS = ["--game", "tiny", "--rows", "512", "--epochs", "6", "--n-embd", "32", "--block-size", "32", "--threads", "1",
+         "--device", "cpu"]
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """Runs train.py on the tiny game, in tmp_path."""
+    monkeypatch.setitem(GAMES, "tiny", TINY)
+    monkeypatch.setattr(train, "TEST_ROWS", 200)
+    monkeypatch.chdir(tmp_path)
+    return lambda *flags: train.main([*FLAGS, *map(str, flags)])
+
+
+def metrics(out="out"):
+    with open(f"{out}/metrics.jsonl") as file:
+        return [json.loads(line) for line in file]
+
+
+def test_cat_holds_out_of_distribution(tiny, capsys):
+    tiny("--seed", 3)
+    lines = metrics()
+    without, with_cat = ([line for line in lines if line["run"] == run] for run in ("no CAT", "CAT"))
+    assert [line["epoch"] for line in without] == [line["epoch"] for line in with_cat] == [1, 2, 3, 4, 5, 6]
+    assert without[-1]["iid"] > 0.95 and with_cat[-1]["iid"] > 0.95
+    assert with_cat[-1]["ood"] > 0.95 and without[-1]["ood"] < 0.85
+    assert with_cat[-1]["ratio"] > 100 > without[-1]["ratio"]
+    assert with_cat[-1]["loss"] < with_cat[0]["loss"] and with_cat[-1]["attn_loss"] < with_cat[0]["attn_loss"]
+    table = capsys.readouterr().out
+    row = next(line for line in table.splitlines() if line.startswith("CAT, seed 3"))
+    assert f"{with_cat[-1]['iid']:.3f}" in row and f"{with_cat[-1]['ood']:.3f}" in row
+    assert "majority class" in table
+
+    tiny("--eval", "out/cat-3.pt")
+    assert row in capsys.readouterr().out
+
+    for number, answer in ((9, "High"), (2, "Low")):
+        tiny("--eval", "out/cat-3.pt", "--ask", f"Room: 1, Fingers: 5, Smoking: {number}")
+        shown = capsys.readouterr().out.splitlines()
+        assert shown[-1] == answer and f"Smoking: {number}[" in shown[0]
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(tiny):
+    for out, seed in (("a", 1), ("b", 1), ("c", 2)):
+        tiny("--cat", "--epochs", 1, "--out", out, "--seed", seed)
+    assert metrics("a") == metrics("b") != metrics("c")
+    a, b = (torch.load(f"{out}/cat-1.pt", weights_only=True)["model"] for out in ("a", "b"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_several_seeds_print_mean_and_spread(tiny, capsys):
+    tiny("--no-cat", "--epochs", 1, "--seed", 1, 2)
+    values = [line["ood"] for line in metrics()]
+    assert f"mean {sum(values) / 2:.3f}, standard deviation {abs(values[0] - values[1]) / math.sqrt(2):.3f}" in capsys.readouterr().out
+    assert sorted(os.listdir("out")) == ["metrics.jsonl", "no-cat-1.pt", "no-cat-2.pt"]
+
+
+@pytest.mark.parametrize("flags", [("--loss", "answer"), ("--layers", "all"), ("--layers", "0,1"), ("--form", "hinge", "--alpha", 5),
+                                   ("--edges", "span"), ("--tokenizer", "digits"), ("--n-layer", 1)])
+def test_every_setting_trains(tiny, flags):
+    tiny("--rows", 64, "--epochs", 2, *flags)
+    lines = metrics()
+    assert lines[1]["loss"] < lines[0]["loss"] and lines[3]["loss"] < lines[2]["loss"]
+
+
+def test_answer_loss_is_the_loss_of_the_answer_alone(tiny):
+    examples = generate(TINY, 8)
+    args = train.parse_args([*FLAGS, "--loss", "answer"])
+    tokenizer = train.load_tokenizer(args, examples)
+    data = encode(examples, tokenizer, 32)
+    model, _ = train.make_model(args, tokenizer.n_vocab, 0)
+    logp = model(data.idx)[0].log_softmax(-1)
+    expected = [-logp[n, t, data.targets[n, t]] for n, t in data.answer.nonzero().tolist()]
+    assert torch.allclose(train.losses(model, data, torch.arange(8), args, False)[0], sum(expected) / len(expected))
+
+
+@pytest.mark.parametrize("flags, part", [
+    (["--rows", "0"], "--rows"), (["--rows", "x"], "'x'"), (["--lr", "0"], "above 0"), (["--lr", "nan"], "'nan'"),
+    (["--alpha", "-1"], "--alpha"), (["--gamma", "inf"], "--gamma"), (["--form", "hing"], "hinge"), (["--layers", "2"], "--layers"),
+    (["--layers", "first"], "first"), (["--layers", ""], "--layers"), (["--train", "x"], "--iid"), (["--ask", "x"], "--eval"),
+    (["--n-embd", "30"], "n_embd is 30"), (["--block-size", "3"], "block_size 3"), (["--eval", "none.pt"], "none.pt"),
+    (["--train", "a", "--iid", "b", "--ood", "c"], "'a'"), (["--lr", "1e30"], "lower --lr"), (["--rows", "20000"], "too few"),
+    (["--nonsense"], "--nonsense")])
+def test_bad_flags_are_one_line_and_leave_nothing(tiny, capsys, flags, part):
+    with pytest.raises(SystemExit) as stop:
+        tiny("--no-cat", "--rows", 32, *flags)
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train.py: ")]
+    assert stop.value.code == 2 and len(error) == 1 and part in error[0]
+    assert not [name for _, _, names in os.walk(".") for name in names if not name.startswith("metrics")]
+
+
+def test_a_file_that_is_no_checkpoint(tiny, capsys):
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, ("hacked",)
+
+    tiny("--cat", "--epochs", 1, "--rows", 32)
+    whole = open("out/cat-1.pt", "rb").read()
+    wrong = torch.load("out/cat-1.pt", weights_only=True)
+    wrong["config"]["n_embd"] = 64
+    torch.save(wrong, "wrong.pt")
+    for name, content in (("cut.pt", whole[:5000]), ("text.pt", b"hello"), ("empty.pt", b""), ("pickle.pt", pickle.dumps(Hostile())),
+                          ("wrong.pt", None)):
+        if content is not None:
+            open(name, "wb").write(content)
+        with pytest.raises(SystemExit) as stop:
+            tiny("--eval", name)
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert stop.value.code == 2 and error.startswith(f"train.py: {name}: not a checkpoint")
+    assert not os.path.exists("hacked")
+
+
+def test_cat_without_any_edge_is_refused(tiny, capsys):
+    with open("rows.jsonl", "w") as file:
+        file.write('{"input": "Room: 1 Answer: ", "target": "Low"}\n')
+    files = ["--train", "rows.jsonl", "--iid", "rows.jsonl", "--ood", "rows.jsonl"]
+    with pytest.raises(SystemExit):
+        tiny("--cat", *files)
+    assert "rows.jsonl: no row has an edge" in capsys.readouterr().err and not os.path.exists("out")
+    tiny("--no-cat", "--epochs", 1, *files)
+    assert "majority class" in capsys.readouterr().out
+
+
+def test_help_names_every_flag_in_one_line_with_its_default(capsys):
+    with pytest.raises(SystemExit):
+        train.parse_args(["--help"])
+    text = capsys.readouterr().out
+    for flag, default in (("--rows", "8000"), ("--alpha", "1000.0"), ("--gamma", "0.1"), ("--form", "log")):
+        line = next(line for line in text.splitlines() if line.strip().startswith(flag))
+        assert f"(default {default})" in line
