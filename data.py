@@ -301,11 +301,13 @@ def tokenizer_from(pieces, digits=3):
 
 def token_spans(tokenizer, tokens):
     """[(start, end), ...] of each token, in characters of the decoded text: every character it holds a byte of."""
-    text, starts = tokenizer.decode_with_offsets(tokens)
-    ends = starts[1:] + [len(text)]
-    for i, piece in enumerate(tokenizer.decode_tokens_bytes(tokens[1:])):
-        ends[i] += 0x80 <= piece[0] < 0xC0  # the next token goes on inside the same character
-    return list(zip(starts, ends))
+    spans, at = [], 0
+    for piece in tokenizer.decode_tokens_bytes(tokens):
+        begun = len(piece) if piece.isascii() else sum(byte & 0xC0 != 0x80 for byte in piece)  # characters that start here
+        goes_on = piece[0] & 0xC0 == 0x80  # inside the character that an earlier token began
+        spans.append((at - goes_on, at + begun))
+        at += begun
+    return spans
 
 
 @dataclass(frozen=True)
@@ -326,9 +328,8 @@ def encode(examples, tokenizer, block_size, device="cpu", skip_bad=False):
     the rows that get the edges. Keys are the cause's tokens before s, so no edge points at the future.
     A row longer than block_size raises ValueError with its file and line, or is left out with skip_bad.
     """
-    rows, edges, first_edge = [], [], [0]
     end = tokenizer.encode_single_token(END)
-    T = 0
+    rows, edges, first_edge = [], [], [0]
     for n, example in enumerate(examples):
         prompt, answer = tokenizer.encode_ordinary(example.input), tokenizer.encode_ordinary(example.target)
         tokens = prompt + answer
@@ -337,8 +338,8 @@ def encode(examples, tokenizer, block_size, device="cpu", skip_bad=False):
                 continue
             raise ValueError(f"{example.source or f'row {n + 1}'}: {len(tokens)} tokens, over block_size {block_size}: "
                              "shorten the text, or raise --block-size, or pass --skip-bad")
-        spans = token_spans(tokenizer, tokens)
-        starts, ends = [s for s, _ in spans], [e for _, e in spans]
+        spans = token_spans(tokenizer, tokens) if example.edges or example.roles else ()
+        starts, ends = [start for start, _ in spans], [end for _, end in spans]
         tokens_of = lambda span: range(bisect.bisect_right(ends, span[0]), bisect.bisect_left(starts, span[1]))
         links = set()
         for effect, cause in example.edges:
@@ -346,21 +347,18 @@ def encode(examples, tokenizer, block_size, device="cpu", skip_bad=False):
             links.update((t - 1, key) for t in effect for key in tokens_of(cause) if t > 0 and key < effect[0])
         edges += sorted(links)
         first_edge.append(len(edges))
-        roles = [(ROLES.index(role), t) for role, span in example.roles for t in tokens_of(span)]
-        rows.append((tokens, len(prompt), roles))
-        T = max(T, len(tokens))
-    idx = torch.full((len(rows), T), end)
-    targets = torch.full((len(rows), T), -100)
-    answer = torch.zeros(len(rows), T, dtype=torch.bool)
-    role = torch.zeros(len(rows), T, dtype=torch.uint8)
-    for n, (tokens, prompt, roles) in enumerate(rows):
-        idx[n, :len(tokens)] = torch.tensor(tokens)
-        targets[n, :len(tokens)] = torch.tensor(tokens[1:] + [end])
-        answer[n, prompt - 1:len(tokens)] = True
-        for index, t in roles:
-            role[n, t] = index
-    return Dataset(*(tensor.to(device) for tensor in (
-        idx, targets, answer, role, torch.tensor(edges, dtype=torch.long).view(-1, 2), torch.tensor(first_edge))))
+        role = [0] * len(tokens)
+        for name, span in example.roles:
+            for t in tokens_of(span):
+                role[t] = ROLES.index(name)
+        rows.append((tokens, tokens[1:] + [end], [False] * (len(prompt) - 1) + [True] * (len(answer) + 1), role))
+    if not rows:
+        raise ValueError(f"no row fits in block_size {block_size}: raise --block-size")
+    T = max(len(tokens) for tokens, *_ in rows)
+    columns = [torch.tensor([values + [padding] * (T - len(values)) for values in column], device=device)  # (N, T) each
+               for column, padding in zip(zip(*rows), (end, -100, False, 0))]
+    return Dataset(*columns, torch.tensor(edges, dtype=torch.long, device=device).view(-1, 2),
+                   torch.tensor(first_edge, device=device))
 
 
 def adjacency_of(data, rows):

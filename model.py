@@ -43,6 +43,8 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, cos, sin, hidden):
         B, T, C = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, n_head, T, D) each
+        # Scores bounded by sqrt(D): without it one key wins all of a head's attention and others get no gradient any more.
+        q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         scores = q @ k.transpose(-2, -1) / math.sqrt(C // self.n_head)  # (B, n_head, T, T)
         attn = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)

@@ -19,6 +19,7 @@ from data import END, GAMES, ROLES, adjacency_of, build_tokenizer, encode, gener
 from model import GPT, GPTConfig
 
 TEST_ROWS = 1000  # in each of the generated test sets and the validation set
+STEPS = 2000  # of a run, when --epochs is not given
 
 
 def number(kind, low, high=math.inf, above=False):
@@ -65,13 +66,13 @@ def parse_args(argv=None):
         default="value")
     add("--tokenizer", "words has a token per number, digits one per digit, gpt2 is a download",
         choices=("words", "digits", "gpt2"), default="words")
-    add("--epochs", "passes over the training rows", type=positive, default=5)
+    add("--epochs", f"passes over the training rows (default: as many as make {STEPS} steps)", type=positive)
     add("--batch-size", "rows in a step", type=positive, default=16)
-    add("--lr", "highest learning rate of AdamW: warm-up, then cosine to 0", type=number(float, 0, above=True), default=3e-3)
+    add("--lr", "highest learning rate of AdamW: warm-up, then cosine to 0", type=number(float, 0, above=True), default=5e-3)
     add("--weight-decay", "of AdamW, on matrices only", type=fraction, default=0.1)
     add("--loss", "tokens with next-token loss", choices=("all", "answer"), default="all")
     add("--form", "form of the Re-Attention loss, hinge is the paper's", choices=FORMS, default="log")
-    add("--alpha", "ratio of causal to other attention to reach", type=number(float, 0, above=True), default=1000.0)
+    add("--alpha", "ratio of causal to other attention to reach", type=number(float, 0, above=True), default=3000.0)
     add("--gamma", "weight of the Re-Attention loss at the start", type=fraction, default=0.1)
     add("--decay", "gamma falls by exp(-decay) each epoch", type=fraction, default=0.1)
     add("--layers", "layers whose attention is supervised: last, all, or numbers from 0 such as 0,1", default="last")
@@ -128,8 +129,9 @@ def load_tokenizer(args, examples):
 def evaluate(model, data, args, limit=None):
     """Of the first `limit` rows of a Dataset, by name: "accuracy" of whole greedy answers; "shares", the attention that
     the query predicting the answer pays each of ROLES, in the supervised and in all layers, None when no role is known;
-    "ratio", mean causal over mean other attention of the supervised rows, None when there are none."""
-    hits, shares, causal, other = [], [], [], []
+    "ratio", mean causal over mean other attention of the supervised rows, None when there are none; "tokens", (N, 2) the
+    first token predicted of each answer and the right one."""
+    hits, shares, causal, other, tokens = [], [], [], [], []
     for rows in torch.arange(len(data.idx), device=data.idx.device)[:limit].split(256):
         logits, attentions = model(data.idx[rows])
         # every answer token right given the right ones before it: what greedy decoding of the answer would give
@@ -137,8 +139,9 @@ def evaluate(model, data, args, limit=None):
         hits.append(((predicted == data.targets[rows]) | ~answer).all(dim=1))
         first = answer.int().argmax(dim=1)  # (B,) the query that predicts the answer's first token
         supervised = average_attention([attentions[layer] for layer in args.supervised])  # (B, T, T)
-        role = F.one_hot(data.role[rows].long(), len(ROLES)).float()  # (B, T, 4)
+        role = F.one_hot(data.role[rows], len(ROLES)).float()  # (B, T, 4)
         b = torch.arange(len(rows), device=rows.device)
+        tokens.append(torch.stack((predicted[b, first], data.targets[rows][b, first]), dim=1))
         shares.append(torch.stack([(attn[b, first][:, None] @ role)[:, 0] for attn in  # (B, 4) each
                                    (supervised, average_attention(attentions))], dim=1))
         row_causal, row_other, _ = attention_ratio(supervised, adjacency_of(data, rows))
@@ -147,7 +150,7 @@ def evaluate(model, data, args, limit=None):
     shares = torch.cat(shares).mean(dim=0).tolist()  # (2, 4)
     ratio = (torch.cat(causal).mean() / torch.cat(other).mean()).item()
     return {"accuracy": torch.cat(hits).float().mean().item(), "shares": shares if data.role.any() else None,
-            "ratio": ratio if math.isfinite(ratio) else None}
+            "ratio": ratio if math.isfinite(ratio) else None, "tokens": torch.cat(tokens).tolist()}
 
 
 def losses(model, data, rows, args, cat):
@@ -194,10 +197,11 @@ def train(args, seed, run, splits, tokenizer, metrics):
     data = {name: encode(examples, tokenizer, args.block_size, args.device, args.skip_bad) for name, examples in splits.items()}
     model, optimizer = make_model(args, tokenizer.n_vocab, seed)
     n = len(data["train"].idx)
-    steps = args.epochs * math.ceil(n / args.batch_size)
+    epochs = args.epochs or max(1, round(STEPS * args.batch_size / n))
+    steps = epochs * math.ceil(n / args.batch_size)
     done, last = 0, []
     with tqdm(total=steps, desc=f"seed {seed}, {run:>6}", disable=None) as bar:
-        for epoch in range(args.epochs):
+        for epoch in range(epochs):
             gamma = gamma_at(epoch, args.gamma, args.decay)
             loss = attn_loss = 0.0
             for rows in torch.randperm(n).split(args.batch_size):
@@ -225,7 +229,7 @@ def train(args, seed, run, splits, tokenizer, metrics):
     checkpoint = {"model": model.state_dict(), "config": dataclasses.asdict(model.config), "tokenizer": pieces,
                   "args": vars(args), "run": run, "seed": seed}
     save(os.path.join(args.out, f"{run.lower().replace(' ', '-')}-{seed}.pt"), lambda path: torch.save(checkpoint, path))
-    return result_row(model, data, args, seed, run)
+    return result_row(model, tokenizer, data, args, seed, run)
 
 
 def load_checkpoint(path, device):
@@ -243,10 +247,19 @@ def load_checkpoint(path, device):
             raise ValueError(f"{path}: not a checkpoint of train.py ({type(error).__name__}): give one of out/*.pt") from None
 
 
-def result_row(model, data, args, seed, run):
-    """What a run is judged by: accuracy on both test sets, and where it looks on the OOD one."""
+def mean_error(tokens, tokenizer):
+    """Mean absolute error of answers that are whole numbers of one token, as evaluate's "tokens"; None for others."""
+    try:
+        return statistics.mean(abs(int(tokenizer.decode([guess])) - int(tokenizer.decode([right]))) for guess, right in tokens)
+    except ValueError:
+        return None
+
+
+def result_row(model, tokenizer, data, args, seed, run):
+    """What a run is judged by: accuracy and error on both test sets, and where it looks on the OOD one."""
     iid, ood = (evaluate(model, data[name], args) for name in ("iid", "ood"))
-    return {"seed": seed, "run": run, "iid": iid["accuracy"], "ood": ood["accuracy"], "shares": ood["shares"]}
+    return {"seed": seed, "run": run, "iid": iid["accuracy"], "ood": ood["accuracy"], "shares": ood["shares"],
+            "errors": [mean_error(result["tokens"], tokenizer) for result in (iid, ood)]}
 
 
 def print_header(args):
@@ -257,6 +270,8 @@ def print_header(args):
 def print_row(row):
     shares = [" / ".join(f"{100 * share[ROLES.index(role)]:4.1f}" for role in (*ROLES[1:], ROLES[0])) for share in row["shares"] or ()]
     print(f"{row['run'] + ', seed ' + str(row['seed']):20}{row['iid']:6.3f}  {row['ood']:6.3f}    {'    '.join(shares)}")
+    if None not in row["errors"]:
+        print(f"{'  mean absolute error':20} {row['errors'][0]:5.2f}  {row['errors'][1]:6.2f}")
 
 
 def print_majority(splits):
@@ -298,7 +313,7 @@ def run_all(args):
 
 def ask(model, tokenizer, args, text):
     """Prints the answer to a question, and the question with each token marked by the attention the answer pays it:
-    by its background on a terminal, otherwise by a percentage after tokens of 1% and more."""
+    by its background on a terminal, otherwise by a percentage after tokens of 5% and more."""
     game = None if args.train else GAMES[args.game]
     if game and "Answer:" not in text:
         text = game.question.replace("{features}", text)
@@ -315,7 +330,7 @@ def ask(model, tokenizer, args, text):
         shown = tokenizer.decode([token])
         if shaded:
             shown = f"\x1b[48;5;{232 + round(23 * min(1, 3 * weight))};38;5;{16 if weight > 0.17 else 255}m{shown}\x1b[0m"
-        elif weight >= 0.01:
+        elif weight >= 0.05:
             shown += f"[{weight:.0%}]"
         print(shown, end="")
     print(f"\n{tokenizer.decode(answer)}")
@@ -362,7 +377,7 @@ def main(argv=None):
                 data = {name: encode(splits[name], tokenizer, saved.block_size, args.device, saved.skip_bad)
                         for name in ("iid", "ood")}
                 print_header(saved)
-                print_row(result_row(model, data, saved, seed, run))
+                print_row(result_row(model, tokenizer, data, saved, seed, run))
                 print_majority(splits)
     except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)

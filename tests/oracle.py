@@ -14,12 +14,13 @@ def loop_loss(attn, adjacency, alpha, form="hinge", mask=None):
         for i in range(T):
             if mask is not None and not mask[b, i]:
                 continue
-            visible = [j for j in range(i + 1) if mask is None or mask[b, j]]
-            causal = [attn[b, i, j] for j in visible if adjacency[b, i, j]]
-            other = [attn[b, i, j] for j in visible if not adjacency[b, i, j]]
-            if not causal or not other:
+            visible = torch.arange(T) <= i
+            if mask is not None:
+                visible = visible & mask[b].bool()
+            causal_keys, other_keys = visible & adjacency[b, i].bool(), visible & ~adjacency[b, i].bool()
+            if not causal_keys.any() or not other_keys.any():
                 continue
-            c, o = sum(causal) / len(causal) + EPS, sum(other) / len(other) + EPS
+            c, o = attn[b, i, causal_keys].mean() + EPS, attn[b, i, other_keys].mean() + EPS
             if c / o >= alpha:
                 penalties.append(0 * c)
             elif form == "hinge":

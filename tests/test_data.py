@@ -165,7 +165,10 @@ def test_tokenizer_gives_any_text_back():
         text = "".join(map(chr, points))
         tokens = tokenizer.encode_ordinary(text)
         assert tokenizer.decode(tokens) == text
-        assert all(0 <= start < end <= len(text) for start, end in token_spans(tokenizer, tokens))
+        spans = token_spans(tokenizer, tokens)
+        assert [start for start, _ in spans] == tokenizer.decode_with_offsets(tokens)[1]
+        assert all(set(piece) <= set(text[start:end].encode()) for piece, (start, end) in
+                   zip(tokenizer.decode_tokens_bytes(tokens), spans))
 
 
 def test_game_words_and_numbers_are_one_token():

@@ -39,7 +39,7 @@ def test_equals_scaled_dot_product_attention():
     cos, sin = model.cos[:7], model.sin[:7]
     y, attn = block(x, cos, sin, model.hidden[:7, :7])
     q, k, v = block.qkv(x).view(3, 7, 3, 2, 4).permute(2, 0, 3, 1, 4)
-    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    q, k = (rotate(x / x.pow(2).mean(-1, keepdim=True).sqrt(), cos, sin) for x in (q, k))
     expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     assert torch.allclose(y, block.proj(expected.transpose(1, 2).reshape(3, 7, 8)))
     assert torch.allclose(attn @ v, expected)
