@@ -19,7 +19,7 @@ from data import END, GAMES, ROLES, adjacency_of, build_tokenizer, encode, gener
 from model import GPT, GPTConfig
 
 TEST_ROWS = 1000  # in each of the generated test sets and the validation set
-STEPS = 2000  # of a run, when --epochs is not given
+STEPS = 3000  # of a run, when --epochs is not given
 
 
 def number(kind, low, high=math.inf, above=False):
@@ -241,7 +241,8 @@ def load_checkpoint(path, device):
             args = argparse.Namespace(**checkpoint["args"])
             model = GPT(GPTConfig(**checkpoint["config"])).to(device)
             model.load_state_dict(checkpoint["model"])
-            tokenizer = tokenizer_from(pieces, 1 if args.tokenizer == "digits" else 3)
+            tokenizer = (load_tokenizer(args, ()) if args.tokenizer == "gpt2"
+                         else tokenizer_from(pieces, 1 if args.tokenizer == "digits" else 3))
             return model, tokenizer, args, checkpoint["run"], checkpoint["seed"]
         except Exception as error:  # a foreign or cut file fails in many ways, all of them the same to the reader
             raise ValueError(f"{path}: not a checkpoint of train.py ({type(error).__name__}): give one of out/*.pt") from None
