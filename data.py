@@ -9,6 +9,7 @@ import re
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 import tiktoken
 import torch
@@ -27,7 +28,7 @@ class Feature:
     decimals: int = 0  # how many are shown; the answer is computed from the value before rounding
     unit: str = ""
     weight: float = 0.0  # causal features: factor in the score
-    copies: str = ""  # spurious features: the causal feature copied in training and IID, drawn from low..high in OOD
+    copies: str = ""  # spurious features: the causal feature copied in training and IID; low..high, without noise, is OOD
     ratio: float = 0.0  # spurious features: factor of the copy
 
 
@@ -157,6 +158,9 @@ def numbers(example, game):
     return tuple(sorted(example.input.removeprefix(before).removesuffix(after).split(", ")))
 
 
+NUMBER = r"-?\d+(?:[.,]\d+)*"
+
+
 def fold(text):
     """Lower case, character by character: the few that would change length stay, so that positions stay true."""
     return "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
@@ -205,9 +209,26 @@ def link(input, target, important, edges="value"):
                 if not pairs:
                     (late if spans else missing).append(cause)
                 for e, (start, end) in pairs:
-                    found = re.finditer(r"-?\d+(?:[.,]\d+)*", text[start:end]) if edges == "value" else ()
+                    found = re.finditer(NUMBER, text[start:end]) if edges == "value" else ()
                     links += [(e, (start + n.start(), start + n.end())) for n in found] or [(e, (start, end))]
     return tuple(links), missing, late
+
+
+def shuffle_numbers(examples, seed):
+    """OOD rows made from labelled ones: in each input, the numbers that are no cause change places with each other, so
+    that what went along with a cause no longer does, while the answer stays true. Edges are left out."""
+    rng, shuffled = random.Random(seed), []
+    for example in examples:
+        free = [number for number in re.finditer(NUMBER, example.input)
+                if not any(start < number.end() and number.start() < end for _, (start, end) in example.edges)]
+        values = [number.group() for number in free]
+        rng.shuffle(values)
+        text, at = "", 0
+        for number, value in zip(free, values):
+            text += example.input[at:number.start()] + value
+            at = number.end()
+        shuffled.append(Example(text + example.input[at:], example.target, source=example.source))
+    return shuffled
 
 
 def parse(line):
@@ -284,7 +305,7 @@ PATTERN = r"\p{N}{1,3}| ?\p{L}+|[^\s\p{L}\p{N}]+\s*|\s+"
 def build_tokenizer(texts, digits=3):
     """A byte-level tiktoken.Encoding made from `texts`, without a download: it encodes any text and decodes it exactly.
 
-    One token: each byte, each number of up to `digits` digits (1 or 3), each word or mark that occurs at least twice.
+    One token: each byte, each whole number of up to `digits` digits (1 or 3), each word or mark that occurs at least twice.
     """
     pieces = [bytes([i]) for i in range(256)]
     pieces += [str(i).encode() for i in range(10 ** digits)]
@@ -431,14 +452,15 @@ def main():
         parser.error("--out writes generated rows: give --game too")
     try:
         if args.game:
-            examples = generate(GAMES[args.game], args.rows, args.ood, args.seed, "span" if args.out else args.edges)
+            examples = generate(GAMES[args.game], args.rows, args.ood, args.seed, args.edges)
             print(f"{args.game}: {len(examples)} rows, {'ood' if args.ood else 'iid'}, seed {args.seed}")
         else:
             examples, summary = read(args.file, args.edges, args.skip_bad)
             print(summary)
         print(describe(examples, build_tokenizer(e.input + e.target for e in examples)))
         if args.out:
-            save(args.out, lambda path: open(path, "w", encoding="utf-8").writelines(dump(examples)))
+            rows = generate(GAMES[args.game], args.rows, args.ood, args.seed, "span")
+            save(args.out, lambda path: Path(path).write_text("".join(dump(rows)), encoding="utf-8"))
             print(f"wrote {args.out}")
     except (ValueError, OSError) as error:
         parser.exit(2, f"data.py: {error}\n")

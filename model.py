@@ -80,7 +80,7 @@ class GPT(nn.Module):
         self.norm = nn.LayerNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         D = config.n_embd // config.n_head
-        # base 100, not the usual 10000: a head has few pairs of channels, and all should tell near positions apart
+        # base 100, not the usual 10000: a head has few pairs of channels, and all should turn within a short row
         angles = torch.outer(torch.arange(config.block_size), 100.0 ** (-torch.arange(0, D, 2) / D))
         self.register_buffer("cos", angles.cos(), persistent=False)  # (block_size, D / 2)
         self.register_buffer("sin", angles.sin(), persistent=False)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import random
 import statistics
 import sys
 import time
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from cat import FORMS, attention_ratio, average_attention, gamma_at, re_attention_loss
-from data import END, GAMES, ROLES, adjacency_of, build_tokenizer, encode, generate, read, save, tokenizer_from
+from data import END, GAMES, ROLES, adjacency_of, build_tokenizer, encode, generate, read, save, shuffle_numbers, tokenizer_from
 from model import GPT, GPTConfig
 
 TEST_ROWS = 1000  # in each of the generated test sets and the validation set
@@ -52,15 +53,19 @@ def parse_args(argv=None):
             help += f" (default {options['default']})"
         parser.add_argument(flag, help=help, **options)
 
-    add("--cat", "train only the run with CAT", dest="runs", action="store_const", const="cat")
-    add("--no-cat", "train only the run without CAT", dest="runs", action="store_const", const="no-cat")
-    add("--both", "train both, without CAT first (default)", dest="runs", action="store_const", const="both")
-    parser.set_defaults(runs="both")
+    runs = parser.add_mutually_exclusive_group()
+    runs.add_argument("--cat", help="train only the run with CAT", dest="runs", action="store_const", const=["CAT"])
+    runs.add_argument("--no-cat", help="train only the run without CAT", dest="runs", action="store_const", const=["no CAT"])
+    runs.add_argument("--both", help="train both, without CAT first (default)", dest="runs", action="store_const",
+                      const=["no CAT", "CAT"])
+    parser.set_defaults(runs=["no CAT", "CAT"])
     add("--game", "Spurious Token Game to generate", choices=GAMES, default="STG")
     add("--rows", "training rows to generate", type=positive, default=8000)
-    add("--train", "train on this JSON Lines file instead of a game; needs --iid and --ood", metavar="FILE")
+    add("--train", "train on this JSON Lines file instead of a game; needs --iid and --ood, or --val", metavar="FILE")
     add("--iid", "test file from the same distribution as --train", metavar="FILE")
     add("--ood", "test file in which the spurious correlations are broken", metavar="FILE")
+    add("--val", "test on this share of --train, held out: as it is, and as ood with its other numbers shuffled", metavar="SHARE",
+        type=number(float, 0, 0.9, above=True))
     add("--skip-bad", "skip and count bad lines of these files instead of stopping", action="store_true")
     add("--edges", "what of a cause is causal, its number (8) or the whole span (Smoking: 8)", choices=("value", "span"),
         default="value")
@@ -76,13 +81,13 @@ def parse_args(argv=None):
     add("--gamma", "weight of the Re-Attention loss at the start", type=fraction, default=0.1)
     add("--decay", "gamma falls by exp(-decay) each epoch", type=fraction, default=0.1)
     add("--layers", "layers whose attention is supervised: last, all, or numbers from 0 such as 0,1", default="last")
-    add("--n-layer", "layers of the model", type=positive, default=2)
-    add("--n-head", "attention heads in a layer", type=positive, default=4)
-    add("--n-embd", "width of the model", type=positive, default=64)
-    add("--block-size", "longest row, in tokens", type=positive, default=256)
+    add("--n-layer", "layers of the model", type=number(int, 1, 64), default=2)
+    add("--n-head", "attention heads in a layer", type=number(int, 1, 64), default=4)
+    add("--n-embd", "width of the model", type=number(int, 1, 4096), default=64)
+    add("--block-size", "longest row, in tokens", type=number(int, 1, 8192), default=256)
     add("--seed", "of data, weights and order; several give mean and spread", type=number(int, 0), nargs="+", default=[1])
     add("--device", "auto is the first of cuda, mps, cpu", choices=("auto", "cuda", "mps", "cpu"), default="auto")
-    add("--threads", "CPU threads (default: torch's choice)", type=positive)
+    add("--threads", "CPU threads (default: torch's choice)", type=number(int, 1, 1024))
     add("--out", "folder for metrics.jsonl and checkpoints", default="out")
     add("--eval", "print the row of a checkpoint again, and train nothing", metavar="CHECKPOINT")
     add("--ask", "answer a question with the --eval checkpoint, and show where it looks", metavar="TEXT")
@@ -92,11 +97,20 @@ def parse_args(argv=None):
     if not all(str(layer).isdecimal() and int(layer) < args.n_layer for layer in layers):
         parser.error(f"--layers is {args.layers!r}: give last, all, or numbers from 0 to {args.n_layer - 1} such as 0,1")
     args.supervised = [int(layer) for layer in layers]
-    files = (args.train, args.iid, args.ood)
-    if any(files) and not all(files):
-        parser.error("--train, --iid and --ood go together: give all three, or none to generate a game")
+    tests = [args.iid, args.ood, args.val]
+    if args.train and tests.count(None) != (2 if args.val else 1) or not args.train and any(tests):
+        parser.error("--train needs --iid and --ood, or --val: give these together, or none of them to generate a game")
     if args.ask is not None and not args.eval:
         parser.error("--ask needs a checkpoint: give --eval out/cat-1.pt too")
+    try:
+        GPTConfig(1, args.block_size, args.n_layer, args.n_head, args.n_embd)
+    except ValueError as error:
+        parser.error(str(error))
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if args.device == "auto":
+        args.device = next(name for name, usable in available.items() if usable)
+    if not available[args.device]:
+        parser.error(f"--device is {args.device}, which this torch does not find: use --device cpu")
     return args
 
 
@@ -104,9 +118,13 @@ def load_examples(args, seed):
     """{"train", "val", "iid", "ood"}: lists of Example, generated or read; a file has no val."""
     if args.train:
         splits = {}
-        for name in ("train", "iid", "ood"):
+        for name in ("train",) if args.val else ("train", "iid", "ood"):
             splits[name], summary = read(getattr(args, name), args.edges, args.skip_bad)
             print(summary)
+        if args.val:
+            rows = random.Random(seed).sample(splits["train"], len(splits["train"]))
+            held = max(1, round(args.val * len(rows)))
+            splits = {"train": rows[held:], "iid": rows[:held], "ood": shuffle_numbers(rows[:held], seed)}
         return splits
     game = GAMES[args.game]
     rows = generate(game, args.rows + 2 * TEST_ROWS, False, seed, args.edges)
@@ -129,9 +147,9 @@ def load_tokenizer(args, examples):
 def evaluate(model, data, args, limit=None):
     """Of the first `limit` rows of a Dataset, by name: "accuracy" of whole greedy answers; "shares", the attention that
     the query predicting the answer pays each of ROLES, in the supervised and in all layers, None when no role is known;
-    "ratio", mean causal over mean other attention of the supervised rows, None when there are none; "tokens", (N, 2) the
-    first token predicted of each answer and the right one."""
-    hits, shares, causal, other, tokens = [], [], [], [], []
+    "ratio", mean causal over mean other attention of the supervised rows, None when there are none; "answers", for each
+    row the tokens predicted for the answer, each given the right ones before it, and the right ones."""
+    hits, shares, causal, other, answers = [], [], [], [], []
     for rows in torch.arange(len(data.idx), device=data.idx.device)[:limit].split(256):
         logits, attentions = model(data.idx[rows])
         # every answer token right given the right ones before it: what greedy decoding of the answer would give
@@ -141,16 +159,16 @@ def evaluate(model, data, args, limit=None):
         supervised = average_attention([attentions[layer] for layer in args.supervised])  # (B, T, T)
         role = F.one_hot(data.role[rows], len(ROLES)).float()  # (B, T, 4)
         b = torch.arange(len(rows), device=rows.device)
-        tokens.append(torch.stack((predicted[b, first], data.targets[rows][b, first]), dim=1))
-        shares.append(torch.stack([(attn[b, first][:, None] @ role)[:, 0] for attn in  # (B, 4) each
-                                   (supervised, average_attention(attentions))], dim=1))
+        answers += [(guess[keep].tolist(), right[keep].tolist()) for guess, right, keep in zip(predicted, data.targets[rows], answer)]
+        shares.append(torch.stack([torch.einsum("bt,btr->br", attn[b, first], role)  # (B, 4) each
+                                   for attn in (supervised, average_attention(attentions))], dim=1))
         row_causal, row_other, _ = attention_ratio(supervised, adjacency_of(data, rows))
         causal.append(row_causal)
         other.append(row_other)
     shares = torch.cat(shares).mean(dim=0).tolist()  # (2, 4)
     ratio = (torch.cat(causal).mean() / torch.cat(other).mean()).item()
     return {"accuracy": torch.cat(hits).float().mean().item(), "shares": shares if data.role.any() else None,
-            "ratio": ratio if math.isfinite(ratio) else None, "tokens": torch.cat(tokens).tolist()}
+            "ratio": ratio if math.isfinite(ratio) else None, "answers": answers}
 
 
 def losses(model, data, rows, args, cat):
@@ -191,14 +209,14 @@ def step(model, optimizer, data, rows, args, gamma, lr, cat):
     return l_next.item(), l_attn.item()
 
 
-def train(args, seed, run, splits, tokenizer, metrics):
+def train(args, seed, run, data, tokenizer, metrics):
     """One run, "CAT" or "no CAT": writes a line an epoch to the file `metrics` and a checkpoint at the end.
     Returns its result row. ValueError when the loss is not finite."""
-    data = {name: encode(examples, tokenizer, args.block_size, args.device, args.skip_bad) for name, examples in splits.items()}
     model, optimizer = make_model(args, tokenizer.n_vocab, seed)
     n = len(data["train"].idx)
-    epochs = args.epochs or max(1, round(STEPS * args.batch_size / n))
-    steps = epochs * math.ceil(n / args.batch_size)
+    steps_per_epoch = math.ceil(n / args.batch_size)
+    epochs = args.epochs or max(1, round(STEPS / steps_per_epoch))
+    steps = epochs * steps_per_epoch
     done, last = 0, []
     with tqdm(total=steps, desc=f"seed {seed}, {run:>6}", disable=None) as bar:
         for epoch in range(epochs):
@@ -241,17 +259,19 @@ def load_checkpoint(path, device):
             args = argparse.Namespace(**checkpoint["args"])
             model = GPT(GPTConfig(**checkpoint["config"])).to(device)
             model.load_state_dict(checkpoint["model"])
-            tokenizer = (load_tokenizer(args, ()) if args.tokenizer == "gpt2"
-                         else tokenizer_from(pieces, 1 if args.tokenizer == "digits" else 3))
-            return model, tokenizer, args, checkpoint["run"], checkpoint["seed"]
+            tokenizer = tokenizer_from(pieces, 1 if args.tokenizer == "digits" else 3)
+            run, seed = checkpoint["run"], checkpoint["seed"]
         except Exception as error:  # a foreign or cut file fails in many ways, all of them the same to the reader
             raise ValueError(f"{path}: not a checkpoint of train.py ({type(error).__name__}): give one of out/*.pt") from None
+    return model, load_tokenizer(args, ()) if args.tokenizer == "gpt2" else tokenizer, args, run, seed
 
 
-def mean_error(tokens, tokenizer):
-    """Mean absolute error of answers that are whole numbers of one token, as evaluate's "tokens"; None for others."""
+def mean_error(answers, tokenizer):
+    """Mean absolute error of evaluate's "answers"; None when one is not a number."""
+    end = tokenizer.encode_single_token(END)
+    numbers = ([tokenizer.decode(tokens[:tokens.index(end)] if end in tokens else tokens) for tokens in pair] for pair in answers)
     try:
-        return statistics.mean(abs(int(tokenizer.decode([guess])) - int(tokenizer.decode([right]))) for guess, right in tokens)
+        return statistics.mean(abs(float(guess) - float(right)) for guess, right in numbers)
     except ValueError:
         return None
 
@@ -260,7 +280,7 @@ def result_row(model, tokenizer, data, args, seed, run):
     """What a run is judged by: accuracy and error on both test sets, and where it looks on the OOD one."""
     iid, ood = (evaluate(model, data[name], args) for name in ("iid", "ood"))
     return {"seed": seed, "run": run, "iid": iid["accuracy"], "ood": ood["accuracy"], "shares": ood["shares"],
-            "errors": [mean_error(result["tokens"], tokenizer) for result in (iid, ood)]}
+            "errors": [mean_error(result["answers"], tokenizer) for result in (iid, ood)]}
 
 
 def print_header(args):
@@ -275,9 +295,10 @@ def print_row(row):
         print(f"{'  mean absolute error':20} {row['errors'][0]:5.2f}  {row['errors'][1]:6.2f}")
 
 
-def print_majority(splits):
+def print_majority(data):
     """Accuracy of always giving the most frequent answer of a test set: what every accuracy is to be held against."""
-    iid, ood = (Counter(e.target for e in splits[name]).most_common(1)[0][1] / len(splits[name]) for name in ("iid", "ood"))
+    answers = ([tuple(row[keep].tolist()) for row, keep in zip(data[name].targets, data[name].answer)] for name in ("iid", "ood"))
+    iid, ood = (Counter(rows).most_common(1)[0][1] / len(rows) for rows in answers)
     print(f"{'majority class':20}{iid:6.3f}  {ood:6.3f}")
 
 
@@ -290,23 +311,32 @@ def print_summary(rows):
                   f"lowest {min(values):.3f} of {len(values)} seeds")
 
 
+def encode_all(args, splits, tokenizer):
+    """A Dataset for each list of examples, by name."""
+    data = {name: encode(examples, tokenizer, args.block_size, args.device, args.skip_bad) for name, examples in splits.items()}
+    for name in data:
+        if len(data[name].idx) < len(splits[name]):
+            print(f"{name}: skipped {len(splits[name]) - len(data[name].idx)} rows over --block-size {args.block_size}")
+    return data
+
+
 def run_all(args):
     """All seeds, without and with CAT, and the table."""
     table = []
     for seed in args.seed:
         splits = load_examples(args, seed)
-        if args.runs != "no-cat" and not any(example.edges for example in splits["train"]):
+        if "CAT" in args.runs and not any(example.edges for example in splits["train"]):
             raise ValueError(f'{args.train}: no row has an edge to learn from: add "important", or pass --no-cat')
         tokenizer = load_tokenizer(args, splits["train"])
+        data = encode_all(args, splits, tokenizer)
         os.makedirs(args.out, exist_ok=True)
         with open(os.path.join(args.out, "metrics.jsonl"), "a" if table else "w") as metrics:
-            rows = [train(args, seed, run, splits, tokenizer, metrics) for run in ("no CAT", "CAT")
-                    if args.runs in ("both", run.lower().replace(" ", "-"))]
+            rows = [train(args, seed, run, data, tokenizer, metrics) for run in args.runs]
         if not table:
             print_header(args)
         for row in rows:
             print_row(row)
-        print_majority(splits)
+        print_majority(data)
         table += rows
     if len(args.seed) > 1:
         print_summary(table)
@@ -359,11 +389,9 @@ def bench(args, pairs=100):
 
 def main(argv=None):
     args = parse_args(argv)
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if args.threads:
-        torch.set_num_threads(args.threads)
     try:
+        if args.threads:
+            torch.set_num_threads(args.threads)
         if args.bench:
             bench(args)
         elif not args.eval:
@@ -375,11 +403,10 @@ def main(argv=None):
                 ask(model, tokenizer, saved, args.ask)
             else:
                 splits = load_examples(saved, seed)
-                data = {name: encode(splits[name], tokenizer, saved.block_size, args.device, saved.skip_bad)
-                        for name in ("iid", "ood")}
+                data = encode_all(saved, {name: splits[name] for name in ("iid", "ood")}, tokenizer)
                 print_header(saved)
                 print_row(result_row(model, tokenizer, data, saved, seed, run))
-                print_majority(splits)
+                print_majority(data)
     except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)

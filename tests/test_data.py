@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from data import (END, GAMES, ROLES, STG, STG_H, Example, adjacency_of, build_tokenizer, describe, dump, encode, generate,
-                  link, occurrences, read, token_spans)
+                  link, occurrences, read, shuffle_numbers, token_spans)
 
 RELEASED = os.environ.get("CAT_RELEASED_DATA")
 needs_released = pytest.mark.skipif(not RELEASED, reason="set CAT_RELEASED_DATA to the folder of the authors' released data")
@@ -214,6 +214,18 @@ def test_phrases_become_edges():
     assert edges_as_text("É: İ 3 → ", "4", [{"4": ["é: İ 3"]}])[0] == [("4", 9, "É: İ 3", 0)]
 
 
+def test_shuffled_numbers_break_copies_and_keep_causes_and_answers():
+    rows = generate(STG, 300, seed=8)
+    shuffled = shuffle_numbers(rows, 1)
+    moved = 0
+    for row, other in zip(rows, shuffled):
+        a, b = parse_numbers(row.input), parse_numbers(other.input)
+        assert all(a[name] == b[name] for name in ("Smoking", "Weight", "Exercise")) and row.target == other.target
+        assert sorted(a.values()) == sorted(b.values())
+        moved += a["Clothing size"] != b["Clothing size"]
+    assert moved > 150 and shuffled == shuffle_numbers(rows, 1) != shuffle_numbers(rows, 2)
+
+
 def write(tmp_path, text):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -298,7 +310,7 @@ def test_released_files_load():
         examples, _ = read(os.path.join(RELEASED, name))
         assert len(examples) == count
         data = encode(examples, tokenizer_of(examples), 512)
-        assert (data.edges[:, 1] < data.edges[:, 0] + 1).all()
+        assert (data.edges[:, 1] <= data.edges[:, 0]).all() and bool(len(data.edges)) == any(e.edges for e in examples)
 
 
 @needs_released

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import train
-from data import GAMES, Feature, Game, encode, generate
+from data import END, GAMES, Feature, Game, dump, encode, generate
 
 TINY = Game("tiny", causal=(Feature("Smoking", weight=1.0),), spurious=(Feature("Fingers", copies="Smoking", ratio=1.0),),
             irrelevant=(Feature("Room", 1, 999),), question="{features} Answer: ", bands=((5.5, "High"), (-math.inf, "Low")))
-FLAGS = ["--game", "tiny", "--rows", "512", "--epochs", "6", "--n-embd", "32", "--n-head", "2", "--block-size", "32", "--threads", "1",
+FLAGS = ["--game", "tiny", "--rows", "512", "--n-embd", "32", "--n-head", "2", "--block-size", "32", "--threads", "1",
          "--device", "cpu"]
 
 
@@ -22,6 +22,7 @@ def tiny(monkeypatch, tmp_path):
     """Runs train.py on the tiny game, in tmp_path."""
     monkeypatch.setitem(GAMES, "tiny", TINY)
     monkeypatch.setattr(train, "TEST_ROWS", 200)
+    monkeypatch.setattr(train, "STEPS", 192)
     monkeypatch.chdir(tmp_path)
     return lambda *flags: train.main([*FLAGS, *map(str, flags)])
 
@@ -76,6 +77,8 @@ def test_every_setting_trains(tiny, flags):
     tiny("--rows", 64, "--epochs", 2, *flags)
     lines = metrics()
     assert lines[1]["loss"] < lines[0]["loss"] and lines[3]["loss"] < lines[2]["loss"]
+    tiny("--rows", 64, "--epochs", 2, "--out", "default")
+    assert [line["ratio"] for line in metrics("default")] != [line["ratio"] for line in lines]  # the flag does something
 
 
 def test_answer_loss_is_the_loss_of_the_answer_alone(tiny):
@@ -95,13 +98,26 @@ def test_answer_loss_is_the_loss_of_the_answer_alone(tiny):
     (["--layers", "first"], "first"), (["--layers", ""], "--layers"), (["--train", "x"], "--iid"), (["--ask", "x"], "--eval"),
     (["--n-embd", "30"], "n_embd is 30"), (["--block-size", "3"], "block_size 3"), (["--eval", "none.pt"], "none.pt"),
     (["--train", "a", "--iid", "b", "--ood", "c"], "'a'"), (["--lr", "1e30"], "lower --lr"), (["--rows", "20000"], "too few"),
-    (["--nonsense"], "--nonsense")])
-def test_bad_flags_are_one_line_and_leave_nothing(tiny, capsys, flags, part):
+    (["--nonsense"], "--nonsense"), (["--tokenizer", "gpt2"], "--tokenizer words"),
+    (["--device", "mps" if torch.cuda.is_available() else "cuda"], "--device cpu")])
+def test_bad_flags_are_one_line_and_leave_nothing(tiny, capsys, monkeypatch, flags, part):
+    def no_network(name):
+        raise ConnectionError
+
+    monkeypatch.setattr(train.tiktoken, "get_encoding", no_network)
     with pytest.raises(SystemExit) as stop:
         tiny("--no-cat", "--rows", 32, *flags)
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train.py: ")]
     assert stop.value.code == 2 and len(error) == 1 and part in error[0]
-    assert not [name for _, _, names in os.walk(".") for name in names if not name.startswith("metrics")]
+    left = [name for _, _, names in os.walk(".") for name in names]
+    assert left == (["metrics.jsonl"] if "1e30" in flags else [])  # a loss that explodes has metrics behind it
+
+
+def test_epochs_default_to_a_number_of_steps(tiny, monkeypatch):
+    monkeypatch.setattr(train, "STEPS", 12)
+    for rows, size, epochs in ((64, 16, 3), (20, 16, 6), (20, 1000, 12), (64, 1, 1)):
+        tiny("--no-cat", "--rows", rows, "--batch-size", size, )
+        assert len(metrics()) == epochs
 
 
 def test_a_file_that_is_no_checkpoint(tiny, capsys):
@@ -136,17 +152,37 @@ def test_cat_without_any_edge_is_refused(tiny, capsys):
     assert "majority class" in capsys.readouterr().out
 
 
-def test_mean_error_of_whole_numbers():
-    tokenizer = train.build_tokenizer([])
-    token = lambda text: tokenizer.encode_ordinary(text)[0]
-    assert train.mean_error([[token("7"), token("10")], [token("20"), token("19")]], tokenizer) == 2
-    assert train.mean_error([[token("x"), token("10")]], tokenizer) is None
+def test_trains_on_files_and_on_a_held_out_share(tiny, capsys):
+    for name, ood, seed in (("train", False, 1), ("iid", False, 2), ("ood", True, 3)):
+        with open(f"{name}.jsonl", "w") as file:
+            file.writelines(dump(generate(TINY, 400, ood, seed, "span")))
+    tiny("--cat", "--train", "train.jsonl", "--iid", "iid.jsonl", "--ood", "ood.jsonl", "--epochs", 8)
+    lines = metrics()
+    assert "ood" not in lines[0] and lines[-1]["iid"] > 0.95  # the ood file is looked at once, after training
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("CAT, seed 1"))
+    assert float(row.split()[4]) > 0.95
+    tiny("--cat", "--train", "train.jsonl", "--val", 0.25, "--epochs", 8)
+    assert "CAT, seed 1" in capsys.readouterr().out
+    tiny("--eval", "out/cat-1.pt")
+    for flags in (["--val", 0.5], ["--train", "train.jsonl", "--val", 0.5, "--ood", "ood.jsonl"], ["--train", "train.jsonl"]):
+        with pytest.raises(SystemExit):
+            tiny(*flags)
+        assert "--val" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("digits", [1, 3])
+def test_mean_error_of_numbers(digits):
+    tokenizer = train.build_tokenizer([], digits)
+    answer = lambda text: tokenizer.encode(text + END, allowed_special="all")
+    assert train.mean_error([(answer("7"), answer("10")), (answer("20")[:-1], answer("19"))], tokenizer) == 2
+    assert train.mean_error([(answer("x"), answer("10"))], tokenizer) is None
 
 
 def test_help_names_every_flag_in_one_line_with_its_default(capsys):
     with pytest.raises(SystemExit):
         train.parse_args(["--help"])
     text = capsys.readouterr().out
-    for flag, default in (("--rows", "8000"), ("--alpha", "3000.0"), ("--gamma", "0.1"), ("--form", "log")):
-        line = next(line for line in text.splitlines() if line.strip().startswith(flag))
-        assert f"(default {default})" in line
+    for name, value in vars(train.parse_args([])).items():
+        if name not in ("runs", "supervised", "skip_bad", "bench", "device") and value is not None:
+            line = next(line for line in text.splitlines() if line.strip().startswith("--" + name.replace("_", "-") + " "))
+            assert f"(default {value})" in line
