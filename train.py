@@ -20,7 +20,7 @@ from data import END, GAMES, ROLES, adjacency_of, build_tokenizer, encode, gener
 from model import GPT, GPTConfig
 
 TEST_ROWS = 1000  # in each of the generated test sets and the validation set
-STEPS = 3000  # of a run, when --epochs is not given
+STEPS = 2500  # of a run, when --epochs is not given
 
 
 def number(kind, low, high=math.inf, above=False):
@@ -73,7 +73,7 @@ def parse_args(argv=None):
         choices=("words", "digits", "gpt2"), default="words")
     add("--epochs", f"passes over the training rows (default: as many as make {STEPS} steps)", type=positive)
     add("--batch-size", "rows in a step", type=positive, default=16)
-    add("--lr", "highest learning rate of AdamW: warm-up, then cosine to 0", type=number(float, 0, above=True), default=5e-3)
+    add("--lr", "highest learning rate of AdamW: warm-up, then cosine to 0", type=number(float, 0, above=True), default=3e-3)
     add("--weight-decay", "of AdamW, on matrices only", type=fraction, default=0.1)
     add("--loss", "tokens with next-token loss", choices=("all", "answer"), default="all")
     add("--form", "form of the Re-Attention loss, hinge is the paper's", choices=FORMS, default="log")

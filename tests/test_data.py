@@ -156,6 +156,14 @@ def test_batches_are_padded_on_the_right():
     assert not adjacency[0].any() and adjacency[1].any() and (adjacency[1] == adjacency[2]).all()
 
 
+def test_edges_stay_sparse_until_a_batch_is_made():
+    examples = generate(STG_H, 100)
+    data = encode(examples, tokenizer_of(examples), 256)
+    held = sum(tensor.numel() * tensor.element_size() for tensor in vars(data).values())
+    N, T = data.idx.shape
+    assert held < N * T * T / 2
+
+
 def test_tokenizer_gives_any_text_back():
     tokenizer = tokenizer_of(generate(STG, 50))
     rng = random.Random(0)
