@@ -20,7 +20,7 @@ from data import END, GAMES, ROLES, adjacency_of, build_tokenizer, encode, gener
 from model import GPT, GPTConfig
 
 TEST_ROWS = 1000  # in each of the generated test sets and the validation set
-STEPS = 2500  # of a run, when --epochs is not given
+STEPS = 3000  # of a run, when --epochs is not given
 
 
 def number(kind, low, high=math.inf, above=False):
