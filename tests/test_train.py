@@ -81,6 +81,13 @@ def test_every_setting_trains(tiny, flags):
     assert [line["ratio"] for line in metrics("default")] != [line["ratio"] for line in lines]  # the flag does something
 
 
+def test_train_validation_and_tests_share_no_row(tiny):
+    splits = train.load_examples(train.parse_args(FLAGS), 1)
+    rows = [frozenset(example.input.removesuffix(" Answer: ").split(", ")) for examples in splits.values() for example in examples]
+    assert {name: len(examples) for name, examples in splits.items()} == {"train": 512, "val": 200, "iid": 200, "ood": 200}
+    assert len(set(rows)) == len(rows)
+
+
 def test_answer_loss_is_the_loss_of_the_answer_alone(tiny):
     examples = generate(TINY, 8)
     args = train.parse_args([*FLAGS, "--loss", "answer"])
