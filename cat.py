@@ -8,7 +8,7 @@ FORMS = ("hinge", "log", "div", "div2", "nll")
 
 
 def average_attention(attentions):
-    """Mean over heads, then over layers (paper, section 3.2).
+    """Mean over heads, then over layers (the paper's Re-Attention mechanism).
 
     attentions: sequence of (B, H, T, T), one per layer; H may differ. To supervise some layers only, pass that slice.
     Returns (B, T, T) in float32 or wider.
@@ -22,7 +22,7 @@ def average_attention(attentions):
 
 
 def attention_ratio(attn, adjacency, mask=None):
-    """Mean attention on the causal keys and on the other visible keys, row by row (paper, section 3.2).
+    """Mean attention on the causal keys and on the other visible keys, row by row (the paper's Re-Attention mechanism).
 
     attn: (B, T, T), attention of query i on key j at [b, i, j], e.g. from `average_attention`.
     adjacency: (B, T, T), bool or 0/1; [b, i, j] says that query i should look at key j, so nothing above the diagonal.
@@ -92,7 +92,7 @@ def re_attention_loss(attn, adjacency, alpha, form="hinge", mask=None):
 
 def gamma_at(epoch, gamma0, decay):
     """Weight of the Re-Attention loss in L = L_next + gamma * L_attn at `epoch` (from 0; fractions allowed):
-    gamma0 * exp(-decay * epoch) (paper, section 3.3). ValueError for a negative or non-finite gamma0 or decay."""
+    gamma0 * exp(-decay * epoch) (the paper's total loss). ValueError for a negative or non-finite gamma0 or decay."""
     for name, value in (("gamma", gamma0), ("decay", decay)):
         if not 0 <= value < math.inf:
             raise ValueError(f"{name} is {value}: give a finite number of at least 0")

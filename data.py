@@ -34,7 +34,7 @@ class Feature:
 
 @dataclass(frozen=True)
 class Game:
-    """A Spurious Token Game (paper, section 4): the causal features decide the answer, the spurious ones copy them."""
+    """A Spurious Token Game, the paper's synthetic benchmark: causal features decide the answer, spurious ones copy them."""
     name: str
     causal: tuple
     spurious: tuple
@@ -101,7 +101,7 @@ def draw(feature, rng):
 
 
 def generate(game, n, ood=False, seed=0, edges="value", exclude=()):
-    """n rows of a game, no two alike in their numbers (paper, section 4).
+    """n rows of a game, no two alike in their numbers (the paper's synthetic benchmark).
 
     ood: the spurious features stop copying and are drawn on their own. edges: "value" puts cause edges on the number
     only ("8"), "span" on all of "Smoking: 8". exclude: Examples whose numbers must not come up again.
@@ -189,7 +189,7 @@ def find(text, phrase, start=0):
 
 
 def link(input, target, important, edges="value"):
-    """Phrases to edges (paper, section 3.1): important is a list of {effect phrase: [cause phrases]}.
+    """Phrases to edges (the paper's causal supervision signals): important is a list of {effect phrase: [cause phrases]}.
 
     An effect is looked for in the target first, then everywhere; a cause counts only where it ends before its effect
     starts. edges: "value" narrows a cause to the numbers in it, when it has one; "span" keeps it whole.
@@ -435,7 +435,7 @@ def save(path, write):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="data.py", description="Show what is understood of a data file, or write a generated one.")
+    parser = argparse.ArgumentParser(prog="data.py", description="Show what is understood of a file, or write a generated one.")
     parser.error = lambda message: parser.exit(2, f"data.py: {message}\n")  # one line, without the usage
     parser.add_argument("file", nargs="?", help="JSON Lines file to describe")
     parser.add_argument("--game", choices=GAMES, help="generate rows of this game instead")

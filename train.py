@@ -159,7 +159,8 @@ def evaluate(model, data, args, limit=None):
         supervised = average_attention([attentions[layer] for layer in args.supervised])  # (B, T, T)
         role = F.one_hot(data.role[rows], len(ROLES)).float()  # (B, T, 4)
         b = torch.arange(len(rows), device=rows.device)
-        answers += [(guess[keep].tolist(), right[keep].tolist()) for guess, right, keep in zip(predicted, data.targets[rows], answer)]
+        answers += [(guess[keep].tolist(), right[keep].tolist())
+                    for guess, right, keep in zip(predicted, data.targets[rows], answer)]
         shares.append(torch.stack([torch.einsum("bt,btr->br", attn[b, first], role)  # (B, 4) each
                                    for attn in (supervised, average_attention(attentions))], dim=1))
         row_causal, row_other, _ = attention_ratio(supervised, adjacency_of(data, rows))
@@ -289,7 +290,7 @@ def print_header(args):
 
 
 def print_row(row):
-    shares = [" / ".join(f"{100 * share[ROLES.index(role)]:4.1f}" for role in (*ROLES[1:], ROLES[0])) for share in row["shares"] or ()]
+    shares = [" / ".join(f"{100 * share:4.1f}" for share in (*shares[1:], shares[0])) for shares in row["shares"] or ()]
     print(f"{row['run'] + ', seed ' + str(row['seed']):20}{row['iid']:6.3f}  {row['ood']:6.3f}    {'    '.join(shares)}")
     if None not in row["errors"]:
         print(f"{'  mean absolute error':20} {row['errors'][0]:5.2f}  {row['errors'][1]:6.2f}")
@@ -307,8 +308,8 @@ def print_summary(rows):
     for run in dict.fromkeys(row["run"] for row in rows):
         for name in ("iid", "ood"):
             values = [row[name] for row in rows if row["run"] == run]
-            print(f"{run:>6} {name.upper()}: mean {statistics.mean(values):.3f}, standard deviation {statistics.stdev(values):.3f}, "
-                  f"lowest {min(values):.3f} of {len(values)} seeds")
+            print(f"{run:>6} {name.upper()}: mean {statistics.mean(values):.3f}, standard deviation "
+                  f"{statistics.stdev(values):.3f}, lowest {min(values):.3f} of {len(values)} seeds")
 
 
 def encode_all(args, splits, tokenizer):
