@@ -145,6 +145,13 @@ def test_the_shift_by_one_drawn_by_hand():
     assert data.answer[0].nonzero()[:, 0].tolist() == [8, 9, 10]  # predict High, Risk, END
 
 
+def test_a_token_shared_by_cause_and_effect_is_no_cause():
+    example = Example("a xy zz ", "b", (((3, 7), (2, 3)),))  # effect "y zz", cause "x", and " xy" is one token
+    tokenizer = tokenizer_of([example, example])
+    data = encode([example], tokenizer, 16)
+    assert " xy" in [tokenizer.decode([t]) for t in data.idx[0].tolist()] and len(data.edges) == 0
+
+
 def test_batches_are_padded_on_the_right():
     examples = [Example("a b c ", "d e", (((6, 7), (0, 1)),)), Example("a ", "b")]
     data = encode(examples, tokenizer_of(examples * 2), 16)
