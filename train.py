@@ -73,7 +73,7 @@ def parse_args(argv=None):
         choices=("words", "digits", "gpt2"), default="words")
     add("--epochs", f"passes over the training rows (default: as many as make {STEPS} steps)", type=positive)
     add("--batch-size", "rows in a step", type=positive, default=16)
-    add("--lr", "highest learning rate of AdamW: warm-up, then cosine to 0", type=number(float, 0, above=True), default=3e-3)
+    add("--lr", "highest learning rate of AdamW: warm-up, then cosine to 0", type=number(float, 0, above=True), default=4e-3)
     add("--weight-decay", "of AdamW, on matrices only", type=fraction, default=0.1)
     add("--loss", "tokens with next-token loss", choices=("all", "answer"), default="all")
     add("--form", "form of the Re-Attention loss, hinge is the paper's", choices=FORMS, default="log")
