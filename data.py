@@ -121,11 +121,12 @@ def generate(game, n, ood=False, seed=0, edges="value", exclude=()):
             value[f.name] = draw(f, rng) if ood else copy + rng.gauss(0, f.noise) if f.noise else math.floor(copy)
         score = sum(f.weight * value[f.name] for f in game.causal)
         example = write(game, {f: f"{value[f.name]:.{f.decimals}f}" for f in features}, game.answer(score), edges, rng)
-        misses = misses + 1 if numbers(example, game) in seen else 0
+        row = numbers(example, game)
+        misses = misses + 1 if row in seen else 0
         if misses == 1000:  # in a row
             raise ValueError(f"rows is {n}: {game.name} has too few different rows, ask for fewer")
         if not misses:
-            seen.add(numbers(example, game))
+            seen.add(row)
             examples.append(example)
     return examples
 
