@@ -7,10 +7,13 @@ import os
 import random
 import re
 import sys
+from array import array
 from collections import Counter
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
+import numpy as np
 import tiktoken
 import torch
 
@@ -321,24 +324,13 @@ def tokenizer_from(pieces, digits=3):
                              mergeable_ranks={piece: i for i, piece in enumerate(pieces)})
 
 
-def token_spans(tokenizer, tokens):
-    """[(start, end), ...] of each token, in characters of the decoded text: every character it holds a byte of."""
-    spans, at = [], 0
-    for piece in tokenizer.decode_tokens_bytes(tokens):
-        begun = len(piece) if piece.isascii() else sum(byte & 0xC0 != 0x80 for byte in piece)  # characters that start here
-        goes_on = piece[0] & 0xC0 == 0x80  # inside the character that an earlier token began
-        spans.append((at - goes_on, at + begun))
-        at += begun
-    return spans
-
-
 @dataclass(frozen=True)
 class Dataset:
     """N encoded rows, padded on the right to the longest, T tokens. Tensors are made once; a batch is cut from them."""
     idx: torch.Tensor  # (N, T) token ids
     targets: torch.Tensor  # (N, T) the token after each position, -100 where there is none
     answer: torch.Tensor  # (N, T) bool: positions that predict a token of the answer, END included
-    role: torch.Tensor  # (N, T) index into ROLES
+    role: torch.Tensor  # (N, T) index into ROLES, int8
     edges: torch.Tensor  # (E, 2) query and key of each edge, row after row
     first_edge: torch.Tensor  # (N + 1,) where each row's edges start in `edges`
 
@@ -351,7 +343,8 @@ def encode(examples, tokenizer, block_size, device="cpu", skip_bad=False):
     A row longer than block_size raises ValueError with its file and line, or is left out with skip_bad.
     """
     end = tokenizer.encode_single_token(END)
-    rows, edges, first_edge = [], [], [0]
+    ids, roles, edges = array("i"), array("b"), array("i")  # row after row; a list would take ten times the memory
+    prompts, lengths, first_edge = [], [], [0]
     for n, example in enumerate(examples):
         prompt, answer = tokenizer.encode_ordinary(example.input), tokenizer.encode_ordinary(example.target)
         tokens = prompt + answer
@@ -360,27 +353,41 @@ def encode(examples, tokenizer, block_size, device="cpu", skip_bad=False):
                 continue
             raise ValueError(f"{example.source or f'row {n + 1}'}: {len(tokens)} tokens, over block_size {block_size}: "
                              "shorten the text, or raise --block-size, or pass --skip-bad")
-        spans = token_spans(tokenizer, tokens) if example.edges or example.roles else ()
-        starts, ends = [start for start, _ in spans], [end for _, end in spans]
-        tokens_of = lambda span: range(bisect.bisect_right(ends, span[0]), bisect.bisect_left(starts, span[1]))
+        text, pieces = example.input + example.target, tokenizer.decode_tokens_bytes(tokens)
+        bounds = list(accumulate(map(len, pieces), initial=0))  # token t is the bytes bounds[t]..bounds[t + 1]
+
+        def tokens_of(span):
+            start, stop = (len(text[:i].encode()) for i in span)
+            return range(bisect.bisect_right(bounds, start) - 1, bisect.bisect_left(bounds, stop))
+
         links = set()
         for effect, cause in example.edges:
             effect = tokens_of(effect)
             links.update((t - 1, key) for t in effect for key in tokens_of(cause) if t > 0 and key < effect[0])
-        edges += sorted(links)
-        first_edge.append(len(edges))
+        for link in sorted(links):
+            edges.extend(link)
         role = [0] * len(tokens)
         for name, span in example.roles:
             for t in tokens_of(span):
                 role[t] = ROLES.index(name)
-        rows.append((tokens, tokens[1:] + [end], [False] * (len(prompt) - 1) + [True] * (len(answer) + 1), role))
-    if not rows:
+        ids.extend(tokens)
+        roles.extend(role)
+        prompts.append(len(prompt))
+        lengths.append(len(tokens))
+        first_edge.append(len(edges) // 2)
+    if not lengths:
         raise ValueError(f"no row fits in block_size {block_size}: raise --block-size")
-    T = max(len(tokens) for tokens, *_ in rows)
-    columns = [torch.tensor([values + [padding] * (T - len(values)) for values in column], device=device)  # (N, T) each
-               for column, padding in zip(zip(*rows), (end, -100, False, 0))]
-    return Dataset(*columns, torch.tensor(edges, dtype=torch.long, device=device).view(-1, 2),
-                   torch.tensor(first_edge, device=device))
+    prompts, lengths = torch.tensor(prompts)[:, None], torch.tensor(lengths)[:, None]  # (N, 1) each
+    position = torch.arange(lengths.max() + 1)
+    held = position < lengths  # (N, T + 1)
+    idx = torch.full(held.shape, end)
+    idx[held] = torch.tensor(np.array(ids), dtype=torch.long)
+    role = torch.zeros(held.shape, dtype=torch.int8)
+    role[held] = torch.tensor(np.array(roles))
+    targets = idx[:, 1:].masked_fill(~held[:, :-1], -100)
+    answer = held & (position >= prompts - 1)
+    columns = idx[:, :-1], targets, answer[:, :-1], role[:, :-1], torch.tensor(np.array(edges).reshape(-1, 2)), torch.tensor(first_edge)
+    return Dataset(*(column.to(device) for column in columns))
 
 
 def adjacency_of(data, rows):

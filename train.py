@@ -157,7 +157,7 @@ def evaluate(model, data, args, limit=None):
         hits.append(((predicted == data.targets[rows]) | ~answer).all(dim=1))
         first = answer.int().argmax(dim=1)  # (B,) the query that predicts the answer's first token
         supervised = average_attention([attentions[layer] for layer in args.supervised])  # (B, T, T)
-        role = F.one_hot(data.role[rows], len(ROLES)).float()  # (B, T, 4)
+        role = F.one_hot(data.role[rows].long(), len(ROLES)).float()  # (B, T, 4)
         b = torch.arange(len(rows), device=rows.device)
         answers += [(guess[keep].tolist(), right[keep].tolist())
                     for guess, right, keep in zip(predicted, data.targets[rows], answer)]
