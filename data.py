@@ -272,7 +272,7 @@ def read(path, edges="value", skip_bad=False):
     A byte order mark, CRLF and blank lines are fine. A bad line raises ValueError as "file:line: what, and what to do",
     or is counted with skip_bad; phrases that are missing are always only counted. OSError when the file can't be read.
     """
-    examples, missing, late, bad, unlinked = [], [], [], 0, 0
+    examples, shown, missing, late, bad, unlinked = [], [], 0, 0, 0, 0
     with open(path, "rb") as file:
         for n, line in enumerate(file, 1):
             try:
@@ -287,8 +287,8 @@ def read(path, edges="value", skip_bad=False):
                 bad += 1
                 continue
             links, row_missing, row_late = link(input, target, important, edges)
-            missing += [f"{n}: {phrase!r}" for phrase in row_missing]
-            late += [f"{n}: {phrase!r}" for phrase in row_late]
+            missing, late = missing + len(row_missing), late + len(row_late)
+            shown += [f"{n}: {phrase!r}" for phrase in row_missing + row_late][:3 - len(shown)]
             unlinked += bool(important) and not links
             examples.append(Example(input, target, links, source=f"{path}:{n}"))
     if not examples:
@@ -297,8 +297,8 @@ def read(path, edges="value", skip_bad=False):
     if bad:
         summary += f"; skipped {bad} bad lines"
     if missing or late:
-        summary += (f"; dropped {len(missing)} phrases not in the text, {len(late)} causes not before their effect, "
-                    f"{unlinked} rows left without an edge, such as line {', '.join((missing + late)[:3])}")
+        summary += (f"; dropped {missing} phrases not in the text, {late} causes not before their effect, "
+                    f"{unlinked} rows left without an edge, such as line {', '.join(shown)}")
     return examples, summary
 
 

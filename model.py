@@ -15,11 +15,14 @@ class GPTConfig:
     n_layer: int = 2
     n_head: int = 4
     n_embd: int = 64
+    init_std: float = 0.0  # of all weight matrices at the start; 0 for the choice in `init_weights`
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if type(value) is not int or value < 1:
+            if name != "init_std" and (type(value) is not int or value < 1):
                 raise ValueError(f"{name} is {value!r}: give a whole number of at least 1")
+        if not 0 <= self.init_std < math.inf:
+            raise ValueError(f"init_std is {self.init_std}: give a finite number of at least 0")
         if self.n_embd % (2 * self.n_head):
             raise ValueError(f"n_embd is {self.n_embd}: rotary positions turn pairs of channels, so "
                              f"give a multiple of 2 * n_head = {2 * self.n_head}")
@@ -88,16 +91,15 @@ class GPT(nn.Module):
         self.register_buffer("hidden", hidden, persistent=False)
         self.apply(self.init_weights)
 
-    @staticmethod
-    def init_weights(module):
+    def init_weights(self, module):
         """GPT-2's std of 0.02 is meant for width 768: at width 64 every layer starts near zero, and training sits on a
         plateau. Std 1 / sqrt(fan_in) keeps a signal of size 1 through any width; embeddings start at that size."""
         if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=1 / math.sqrt(module.in_features))
+            nn.init.normal_(module.weight, std=self.config.init_std or 1 / math.sqrt(module.in_features))
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=1.0)
+            nn.init.normal_(module.weight, std=self.config.init_std or 1.0)
 
     def forward(self, idx):
         """idx: (B, T) token ids, T <= block_size (else ValueError). Returns logits (B, T, vocab_size) and a list of

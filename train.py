@@ -1,6 +1,7 @@
 """Train the same small GPT without and with Causal Attention Tuning (CAT), and print how both do in and out of distribution."""
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -84,6 +85,8 @@ def parse_args(argv=None):
     add("--n-layer", "layers of the model", type=number(int, 1, 64), default=2)
     add("--n-head", "attention heads in a layer", type=number(int, 1, 64), default=4)
     add("--n-embd", "width of the model", type=number(int, 1, 4096), default=64)
+    add("--init-std", "standard deviation of all weight matrices at the start, 0.02 as in GPT-2, 0 takes 1 / sqrt(fan_in)",
+        type=fraction, default=0.0)
     add("--block-size", "longest row, in tokens", type=number(int, 1, 8192), default=256)
     add("--seed", "of data, weights and order; several give mean and spread", type=number(int, 0), nargs="+", default=[1])
     add("--device", "auto is the first of cuda, mps, cpu", choices=("auto", "cuda", "mps", "cpu"), default="auto")
@@ -103,7 +106,7 @@ def parse_args(argv=None):
     if args.ask is not None and not args.eval:
         parser.error("--ask needs a checkpoint: give --eval out/cat-1.pt too")
     try:
-        GPTConfig(1, args.block_size, args.n_layer, args.n_head, args.n_embd)
+        GPTConfig(1, args.block_size, args.n_layer, args.n_head, args.n_embd, args.init_std)
     except ValueError as error:
         parser.error(str(error))
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -114,13 +117,19 @@ def parse_args(argv=None):
     return args
 
 
+@functools.cache
+def read_once(path, edges, skip_bad):
+    """The examples of a file, whose summary is printed; further seeds neither read nor print it again."""
+    examples, summary = read(path, edges, skip_bad)
+    print(summary)
+    return examples
+
+
 def load_examples(args, seed):
     """{"train", "val", "iid", "ood"}: lists of Example, generated or read; a file has no val."""
     if args.train:
-        splits = {}
-        for name in ("train",) if args.val else ("train", "iid", "ood"):
-            splits[name], summary = read(getattr(args, name), args.edges, args.skip_bad)
-            print(summary)
+        names = ("train",) if args.val else ("train", "iid", "ood")
+        splits = {name: read_once(getattr(args, name), args.edges, args.skip_bad) for name in names}
         if args.val:
             rows = random.Random(seed).sample(splits["train"], len(splits["train"]))
             held = max(1, round(args.val * len(rows)))
@@ -188,7 +197,7 @@ def losses(model, data, rows, args, cat):
 def make_model(args, vocab_size, seed):
     """The model and its optimiser; the same seed gives the same weights with and without CAT."""
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(vocab_size, args.block_size, args.n_layer, args.n_head, args.n_embd)).to(args.device)
+    model = GPT(GPTConfig(vocab_size, args.block_size, args.n_layer, args.n_head, args.n_embd, args.init_std)).to(args.device)
     matrices = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() == 1]
     return model, torch.optim.AdamW([{"params": matrices, "weight_decay": args.weight_decay},

@@ -1,4 +1,6 @@
 """The GPT: causality, attention against torch's own, generation, and the gradient of the whole loss by finite differences."""
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -77,6 +79,15 @@ def test_finite_differences_through_the_whole_model():
             assert torch.allclose((values[0] - values[1]) / 2e-6, grad[place], rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.parametrize("init_std, embed, fan_in_64, fan_in_256", [(0.0, 1, 1 / 8, 1 / 16), (0.02, 0.02, 0.02, 0.02)])
+def test_initial_weights(init_std, embed, fan_in_64, fan_in_256):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=200, n_embd=64, init_std=init_std))
+    block = model.blocks[0]
+    for layer, std in ((model.embed, embed), (block.attn.qkv, fan_in_64), (model.head, fan_in_64), (block.mlp[2], fan_in_256)):
+        assert math.isclose(layer.weight.std().item(), std, rel_tol=0.05)
+
+
 def test_generate_is_greedy_and_stops():
     model, idx = small_model(), torch.randint(0, 11, (1, 5))
     new = model.generate(idx, 7)
@@ -97,7 +108,7 @@ def test_never_past_block_size():
 
 @pytest.mark.parametrize("changes, part", [
     ({"vocab_size": 0}, "vocab_size is 0"), ({"n_layer": -1}, "n_layer is -1"), ({"n_head": 2.0}, "n_head is 2.0"),
-    ({"block_size": True}, "block_size is True"), ({"n_embd": 10}, "n_embd is 10")])
+    ({"block_size": True}, "block_size is True"), ({"n_embd": 10}, "n_embd is 10"), ({"init_std": -1.0}, "init_std is -1.0")])
 def test_config_checks_itself(changes, part):
     with pytest.raises(ValueError) as error:
         small_model(**changes)
