@@ -11,7 +11,6 @@ from array import array
 from collections import Counter
 from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
 
 import numpy as np
 import tiktoken
@@ -387,7 +386,7 @@ def encode(examples, tokenizer, block_size, device="cpu", skip_bad=False):
     targets = idx[:, 1:].masked_fill(~held[:, :-1], -100)
     answer = held & (position >= prompts - 1)
     columns = idx[:, :-1], targets, answer[:, :-1], role[:, :-1], torch.tensor(np.array(edges).reshape(-1, 2)), torch.tensor(first_edge)
-    return Dataset(*(column.to(device) for column in columns))
+    return Dataset(*(column.contiguous().to(device) for column in columns))
 
 
 def adjacency_of(data, rows):
@@ -431,15 +430,19 @@ def dump(examples):
         yield json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def save(path, write):
-    """Calls write(temporary path), then renames it to path: the file is whole or absent."""
+def save(path, content):
+    """Writes the bytes to a temporary file, then renames it to path: there the old file or the new one is whole, at any moment."""
     temporary = f"{path}.tmp"
     try:
-        write(temporary)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
-    finally:
+    except BaseException:
         if os.path.exists(temporary):
             os.remove(temporary)
+        raise
 
 
 def main():
@@ -468,7 +471,7 @@ def main():
         print(describe(examples, build_tokenizer(e.input + e.target for e in examples)))
         if args.out:
             rows = generate(GAMES[args.game], args.rows, args.ood, args.seed, "span")
-            save(args.out, lambda path: Path(path).write_text("".join(dump(rows)), encoding="utf-8"))
+            save(args.out, "".join(dump(rows)).encode())
             print(f"wrote {args.out}")
     except (ValueError, OSError) as error:
         parser.exit(2, f"data.py: {error}\n")

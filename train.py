@@ -2,13 +2,18 @@
 import argparse
 import dataclasses
 import functools
+import html
+import io
 import json
 import math
 import os
 import random
+import re
+import signal
 import statistics
 import sys
 import time
+import zlib
 from collections import Counter
 
 import tiktoken
@@ -22,6 +27,7 @@ from model import GPT, GPTConfig
 
 TEST_ROWS = 1000  # in each of the generated test sets and the validation set
 STEPS = 3000  # of a run, when --epochs is not given
+SAVE_EVERY = 200  # steps between checkpoints
 
 
 def number(kind, low, high=math.inf, above=False):
@@ -92,6 +98,7 @@ def parse_args(argv=None):
     add("--device", "auto is the first of cuda, mps, cpu", choices=("auto", "cuda", "mps", "cpu"), default="auto")
     add("--threads", "CPU threads (default: torch's choice)", type=number(int, 1, 1024))
     add("--out", "folder for metrics.jsonl and checkpoints", default="out")
+    add("--resume", "go on with the runs in --out: give the flags they were begun with", action="store_true")
     add("--eval", "print the row of a checkpoint again, and train nothing", metavar="CHECKPOINT")
     add("--ask", "answer a question with the --eval checkpoint, and show where it looks", metavar="TEXT")
     add("--bench", "time training steps without and with CAT, and train nothing", action="store_true")
@@ -157,8 +164,9 @@ def evaluate(model, data, args, limit=None):
     """Of the first `limit` rows of a Dataset, by name: "accuracy" of whole greedy answers; "shares", the attention that
     the query predicting the answer pays each of ROLES, in the supervised and in all layers, None when no role is known;
     "ratio", mean causal over mean other attention of the supervised rows, None when there are none; "answers", for each
-    row the tokens predicted for the answer, each given the right ones before it, and the right ones."""
-    hits, shares, causal, other, answers = [], [], [], [], []
+    row the tokens predicted for the answer, each given the right ones before it, and the right ones; "looks", (N, T), the
+    attention of the query predicting the answer, in the supervised layers."""
+    hits, shares, causal, other, answers, looks = [], [], [], [], [], []
     for rows in torch.arange(len(data.idx), device=data.idx.device)[:limit].split(256):
         logits, attentions = model(data.idx[rows])
         # every answer token right given the right ones before it: what greedy decoding of the answer would give
@@ -170,6 +178,7 @@ def evaluate(model, data, args, limit=None):
         b = torch.arange(len(rows), device=rows.device)
         answers += [(guess[keep].tolist(), right[keep].tolist())
                     for guess, right, keep in zip(predicted, data.targets[rows], answer)]
+        looks.append(supervised[b, first])  # (B, T)
         shares.append(torch.stack([torch.einsum("bt,btr->br", attn[b, first], role)  # (B, 4) each
                                    for attn in (supervised, average_attention(attentions))], dim=1))
         row_causal, row_other, _ = attention_ratio(supervised, adjacency_of(data, rows))
@@ -178,7 +187,7 @@ def evaluate(model, data, args, limit=None):
     shares = torch.cat(shares).mean(dim=0).tolist()  # (2, 4)
     ratio = (torch.cat(causal).mean() / torch.cat(other).mean()).item()
     return {"accuracy": torch.cat(hits).float().mean().item(), "shares": shares if data.role.any() else None,
-            "ratio": ratio if math.isfinite(ratio) else None, "answers": answers}
+            "ratio": ratio if math.isfinite(ratio) else None, "answers": answers, "looks": torch.cat(looks).cpu()}
 
 
 def losses(model, data, rows, args, cat):
@@ -220,19 +229,38 @@ def step(model, optimizer, data, rows, args, gamma, lr, cat):
 
 
 def train(args, seed, run, data, tokenizer, metrics):
-    """One run, "CAT" or "no CAT": writes a line an epoch to the file `metrics` and a checkpoint at the end.
-    Returns its result row. ValueError when the loss is not finite."""
+    """One run, "CAT" or "no CAT", or what is left of it with --resume: writes a line an epoch to the file `metrics`, and a
+    checkpoint every SAVE_EVERY steps, at the end and at Ctrl-C. Returns its result row.
+    ValueError when the loss is not finite, or when the checkpoint to go on from was made with other flags or data."""
+    path = os.path.join(args.out, f"{run.lower().replace(' ', '-')}-{seed}.pt")
     model, optimizer = make_model(args, tokenizer.n_vocab, seed)
     n = len(data["train"].idx)
     steps_per_epoch = math.ceil(n / args.batch_size)
     epochs = args.epochs or max(1, round(STEPS / steps_per_epoch))
     steps = epochs * steps_per_epoch
-    done, last = 0, []
-    with tqdm(total=steps, desc=f"seed {seed}, {run:>6}", disable=None) as bar:
-        for epoch in range(epochs):
-            gamma = gamma_at(epoch, args.gamma, args.decay)
-            loss = attn_loss = 0.0
-            for rows in torch.randperm(n).split(args.batch_size):
+    pieces = [tokenizer.decode_single_token_bytes(i).decode("latin-1") for i in range(tokenizer.n_vocab - 1)]
+    checkpoint = {"config": dataclasses.asdict(model.config), "tokenizer": pieces, "args": vars(args), "run": run, "seed": seed,
+                  "data": zlib.crc32(data["train"].edges.cpu().numpy(), zlib.crc32(data["train"].idx.cpu().numpy())), "lines": []}
+    done, loss, attn_loss, last = 0, 0.0, 0.0, []
+    if args.resume and os.path.exists(path):
+        checkpoint = same_run(path, checkpoint)
+        model.load_state_dict(checkpoint["model"])
+        done, loss, attn_loss, last, rng, optimizer_state = checkpoint["progress"]
+        optimizer.load_state_dict(optimizer_state)
+        torch.set_rng_state(rng)
+        metrics.writelines(checkpoint["lines"])
+    interrupted = []
+
+    def finish_step(*_):
+        interrupted.append(True)
+        signal.signal(signal.SIGINT, default)  # a second Ctrl-C stops at once
+
+    default = signal.signal(signal.SIGINT, finish_step)
+    with tqdm(total=steps, initial=done, desc=f"seed {seed}, {run:>6}", disable=None) as bar:
+        while done < steps:
+            epoch = done // steps_per_epoch
+            gamma, rng = gamma_at(epoch, args.gamma, args.decay), torch.get_rng_state()
+            for rows in torch.randperm(n).split(args.batch_size)[done % steps_per_epoch:]:
                 warm_up, cosine = (done + 1) / max(1, steps // 20), 0.5 * (1 + math.cos(math.pi * done / steps))
                 l_next, l_attn = step(model, optimizer, data["train"], rows.to(args.device), args, gamma,
                                       args.lr * min(warm_up, cosine), run == "CAT")
@@ -245,35 +273,55 @@ def train(args, seed, run, data, tokenizer, metrics):
                 attn_loss += l_attn * len(rows) / n
                 done += 1
                 bar.update()
-            # the ood rows of a file are looked at once, after training
-            accuracy = {name: evaluate(model, data[name], args)["accuracy"] for name in data
-                        if name in ("val", "iid") or name == "ood" and not args.train}
-            ratio = evaluate(model, data["train"], args, limit=256)["ratio"]
-            metrics.write(json.dumps({"run": run, "seed": seed, "epoch": epoch + 1, "loss": loss, "attn_loss": attn_loss,
-                                      "ratio": ratio, **accuracy}) + "\n")
-            metrics.flush()
-            bar.set_postfix_str(f"loss {loss:.3f}, attention loss {attn_loss:.3f}, ratio {ratio or 0:.3g}")
-    pieces = [tokenizer.decode_single_token_bytes(i).decode("latin-1") for i in range(tokenizer.n_vocab - 1)]
-    checkpoint = {"model": model.state_dict(), "config": dataclasses.asdict(model.config), "tokenizer": pieces,
-                  "args": vars(args), "run": run, "seed": seed}
-    save(os.path.join(args.out, f"{run.lower().replace(' ', '-')}-{seed}.pt"), lambda path: torch.save(checkpoint, path))
-    return result_row(model, tokenizer, data, args, seed, run)
+                if done % steps_per_epoch == 0:
+                    # the ood rows of a file are looked at once, after training
+                    accuracy = {name: evaluate(model, data[name], args)["accuracy"] for name in data
+                                if name in ("val", "iid") or name == "ood" and not args.ood}
+                    ratio = evaluate(model, data["train"], args, limit=256)["ratio"]
+                    line = {"run": run, "seed": seed, "epoch": epoch + 1, "threads": torch.get_num_threads(), "loss": loss,
+                            "attn_loss": attn_loss, "ratio": ratio, **accuracy}
+                    checkpoint["lines"].append(json.dumps(line) + "\n")
+                    metrics.write(checkpoint["lines"][-1])
+                    metrics.flush()
+                    bar.set_postfix_str(f"loss {loss:.3f}, attention loss {attn_loss:.3f}, ratio {ratio or 0:.3g}")
+                    rng, loss, attn_loss = torch.get_rng_state(), 0.0, 0.0
+                if interrupted or done % SAVE_EVERY == 0 or done == steps:
+                    progress = [done, loss, attn_loss, last, rng, optimizer.state_dict()]
+                    file = io.BytesIO()
+                    torch.save({**checkpoint, "model": model.state_dict(), "progress": progress}, file)
+                    save(path, file.getvalue())
+                if interrupted:
+                    raise KeyboardInterrupt(f" at step {done} of {steps} ({run}, seed {seed}): the same command with --resume goes on")
+    signal.signal(signal.SIGINT, default)
+    return {**result_row(model, tokenizer, data, args, seed, run), "lines": [json.loads(line) for line in checkpoint["lines"]]}
+
+
+def same_run(path, new):
+    """The checkpoint at path, when it is of the same run as `new`, the start of one: ValueError names what differs."""
+    *_, old = load_checkpoint(path, "cpu")
+    for name, value in new["args"].items():
+        if name not in ("seed", "runs", "out", "device", "resume") and old["args"].get(name) != value:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}, but {path} was begun with {old['args'].get(name)}: "
+                             "give the same flags to resume, or leave --resume out to start again")
+    if (old["data"], old["tokenizer"]) != (new["data"], new["tokenizer"]):
+        raise ValueError(f"{path} was begun with other training rows: bring them back, or leave --resume out to start again")
+    return old
 
 
 def load_checkpoint(path, device):
-    """(model, tokenizer, args, run, seed) of a checkpoint. ValueError when the file is not one."""
+    """(model, tokenizer, args, checkpoint) of a file that `train` wrote. ValueError when the file is not one."""
     with open(path, "rb") as file:
         try:
             checkpoint = torch.load(file, map_location=device, weights_only=True)  # tensors and plain values, never code
             pieces = [piece.encode("latin-1") for piece in checkpoint["tokenizer"]]
-            args = argparse.Namespace(**checkpoint["args"])
+            args = argparse.Namespace(**{**checkpoint["args"], "device": device})
             model = GPT(GPTConfig(**checkpoint["config"])).to(device)
             model.load_state_dict(checkpoint["model"])
             tokenizer = tokenizer_from(pieces, 1 if args.tokenizer == "digits" else 3)
-            run, seed = checkpoint["run"], checkpoint["seed"]
+            checkpoint["run"], checkpoint["seed"], checkpoint["progress"], checkpoint["lines"], checkpoint["data"]
         except Exception as error:  # a foreign or cut file fails in many ways, all of them the same to the reader
             raise ValueError(f"{path}: not a checkpoint of train.py ({type(error).__name__}): give one of out/*.pt") from None
-    return model, load_tokenizer(args, ()) if args.tokenizer == "gpt2" else tokenizer, args, run, seed
+    return model, load_tokenizer(args, ()) if args.tokenizer == "gpt2" else tokenizer, args, checkpoint
 
 
 def mean_error(answers, tokenizer):
@@ -287,10 +335,11 @@ def mean_error(answers, tokenizer):
 
 
 def result_row(model, tokenizer, data, args, seed, run):
-    """What a run is judged by: accuracy and error on both test sets, and where it looks on the OOD one."""
+    """What a run is judged by: accuracy and error on both test sets, and what it answers and looks at on the OOD one."""
     iid, ood = (evaluate(model, data[name], args) for name in ("iid", "ood"))
     return {"seed": seed, "run": run, "iid": iid["accuracy"], "ood": ood["accuracy"], "shares": ood["shares"],
-            "errors": [mean_error(result["answers"], tokenizer) for result in (iid, ood)]}
+            "errors": [mean_error(result["answers"], tokenizer) for result in (iid, ood)],
+            "answers": ood["answers"], "looks": ood["looks"]}
 
 
 def print_header(args):
@@ -306,10 +355,12 @@ def print_row(row):
 
 
 def print_majority(data):
-    """Accuracy of always giving the most frequent answer of a test set: what every accuracy is to be held against."""
+    """Accuracy of always giving the most frequent answer of a test set: what every accuracy is to be held against.
+    Returns the one on the OOD set."""
     answers = ([tuple(row[keep].tolist()) for row, keep in zip(data[name].targets, data[name].answer)] for name in ("iid", "ood"))
     iid, ood = (Counter(rows).most_common(1)[0][1] / len(rows) for rows in answers)
     print(f"{'majority class':20}{iid:6.3f}  {ood:6.3f}")
+    return ood
 
 
 def print_summary(rows):
@@ -319,6 +370,92 @@ def print_summary(rows):
             values = [row[name] for row in rows if row["run"] == run]
             print(f"{run:>6} {name.upper()}: mean {statistics.mean(values):.3f}, standard deviation "
                   f"{statistics.stdev(values):.3f}, lowest {min(values):.3f} of {len(values)} seeds")
+
+
+def svg(height, parts):
+    """An SVG picture 800 wide, on a light card of its own, so that it reads the same on a dark page."""
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 800 {height}" width="800" height="{height}" fill="#1b1f24" '
+            'font-family="ui-monospace,Menlo,Consolas,DejaVu Sans Mono,monospace" font-size="12" xml:space="preserve">\n'
+            f'<rect x="1" y="1" width="798" height="{height - 2}" rx="8" fill="#fff" stroke="#d0d7de"/>\n'
+            + "\n".join(parts) + "\n</svg>\n")
+
+
+def svg_text(x, y, text, attributes=""):
+    text = html.escape(re.sub(r"[^ -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", " ", text))  # what XML can hold
+    return f'<text x="{x:.1f}" y="{y:.1f}" {attributes}>{text}</text>'
+
+
+def svg_line(path, color="#1b1f24", dashes="none"):
+    return f'<path d="{path}" fill="none" stroke="{color}" stroke-width="2" stroke-dasharray="{dashes}"/>'
+
+
+def attention_svg(rows, data, tokenizer):
+    """One OOD question for each result row, without CAT and with: its tokens shaded by the attention that the query
+    predicting the answer pays them, causal numbers underlined, spurious ones underlined with dashes."""
+    wrong = [[guess != right for guess, right in row["answers"]] for row in rows]
+    n = next((i for i in range(len(data.idx)) if wrong[0][i] and not wrong[-1][i]), 0)
+    answers = [[tokenizer.decode(answer).removesuffix(END) for answer in row["answers"][n]] for row in rows]
+    title = f"OOD row {n + 1}, {answers[0][1]}" + (": the first that only the run with CAT gets right" if wrong[0][n] > wrong[-1][n] else "")
+    tokens = data.idx[n].tolist()[:data.answer[n].int().argmax() + 1]
+    roles = [ROLES[role] for role in data.role[n].tolist()]
+    parts = [svg_text(20, 28, title, 'font-weight="bold"'), svg_text(20, 50, "shade: attention paid by the answer")]
+    if data.role.any():
+        parts += [svg_text(340, 50, "causal"), svg_line("M340 56h44"), svg_text(420, 50, "spurious"), svg_line("M420 56h58", dashes="3 2")]
+    y = 50
+    for row, (guess, right) in zip(rows, answers):
+        top = y = y + 40
+        parts += [svg_text(20, y, "with CAT" if row["run"] == "CAT" else "without CAT", 'font-weight="bold"'),
+                  svg_text(590, y, f"{guess}: {'right' if guess == right else 'wrong'}", 'font-weight="bold"')]
+        looks = row["looks"][n].tolist()
+        for i, name in enumerate((*ROLES[1:], ROLES[0]) if data.role.any() else ()):
+            share = sum(look for look, role in zip(looks, roles) if role == name)
+            parts.append(svg_text(590, top + 20 + 17 * i, f"{share:4.0%} on {name} tokens"))
+        x, y = 20, y + 24
+        for token, look, role in zip(tokens, looks, roles):
+            text = tokenizer.decode([token])
+            if x + 7.2 * len(text) > 570:
+                x, y, text = 20, y + 26, text.lstrip() or " "
+            width = 7.2 * len(text)
+            shade = min(1.0, 3 * look)  # full at a third of the attention, what one of three causal numbers can get
+            parts.append(f'<rect x="{x:.1f}" y="{y - 13}" width="{width:.1f}" height="18" fill="#0072b2" fill-opacity="{shade:.2f}"/>')
+            parts.append(svg_text(x, y, text, f'textLength="{width:.1f}"' + ' fill="#fff"' * (shade > 0.5)))
+            if role in ("causal", "spurious"):
+                parts.append(svg_line(f"M{x - 3:.1f} {y + 9}h{width + 6:.1f}", dashes="none" if role == "causal" else "3 2"))
+            x += width
+        y = max(y, top + 71)
+    return svg(y + 24, parts)
+
+
+def curves_svg(rows, majority):
+    """IID and OOD accuracy over epochs, mean over seeds with a band from lowest to highest, and the majority class's."""
+    epochs = max(line["epoch"] for row in rows for line in row["lines"])
+    across, up = lambda epoch: 60 + 530 * epoch / epochs, lambda accuracy: 340 - 300 * accuracy
+    parts = [svg_text(20, 24, "accuracy", 'font-weight="bold"'), svg_text(310, 382, "epoch", 'font-weight="bold"')]
+    for tick in range(0, 101, 20):
+        parts += [f'<path d="M60 {up(tick / 100)}h530" stroke="#d0d7de"/>', svg_text(24, up(tick / 100) + 4, f"{tick / 100:.1f}")]
+    for epoch in range(0, epochs + 1, math.ceil(epochs / 6)):
+        parts.append(svg_text(across(epoch) - 4, 358, str(epoch)))
+    ends = [(majority, f"majority class {majority:.2f}", "#57606a")]
+    parts.append(svg_line(f"M60 {up(majority):.1f}h530", "#57606a", "2 4"))
+    for run, color in (("no CAT", "#d55e00"), ("CAT", "#0072b2")):
+        for name in ("iid", "ood"):
+            points = {}  # epoch: accuracies of the seeds
+            for row in (row for row in rows if row["run"] == run):
+                for line in row["lines"] if name in row["lines"][0] else [{"epoch": epochs, name: row[name]}]:
+                    points.setdefault(line["epoch"], []).append(line[name])
+            if not points:
+                continue
+            path = lambda pick, order=1: " ".join(f"{across(e):.1f},{up(pick(points[e])):.1f}" for e in list(points)[::order])
+            parts.append(f'<polygon points="{path(min)} {path(max, -1)}" fill="{color}" fill-opacity="0.15"/>')
+            parts.append(svg_line("M" + path(statistics.mean), color, "none" if name == "ood" else "7 4"))
+            end = statistics.mean(points[epochs])
+            parts.append(f'<circle cx="{across(epochs)}" cy="{up(end):.1f}" r="3.5" fill="{color}"/>')
+            ends.append((end, f"{'with' if run == 'CAT' else 'without'} CAT, {name.upper()} {end:.2f}", color))
+    y = 1000
+    for accuracy, label, color in sorted(ends):
+        y = min(up(accuracy) + 4, y - 17)  # labels side by side with their lines, but never one over another
+        parts.append(svg_text(602, y, label, f'fill="{color}"'))
+    return svg(400, parts)
 
 
 def encode_all(args, splits, tokenizer):
@@ -331,7 +468,7 @@ def encode_all(args, splits, tokenizer):
 
 
 def run_all(args):
-    """All seeds, without and with CAT, and the table."""
+    """All seeds, without and with CAT, the table and the pictures."""
     table = []
     for seed in args.seed:
         splits = load_examples(args, seed)
@@ -343,13 +480,18 @@ def run_all(args):
         with open(os.path.join(args.out, "metrics.jsonl"), "a" if table else "w") as metrics:
             rows = [train(args, seed, run, data, tokenizer, metrics) for run in args.runs]
         if not table:
+            pictures = {"attention.svg": attention_svg(rows, data["ood"], tokenizer)}
             print_header(args)
         for row in rows:
             print_row(row)
-        print_majority(data)
+        majority = print_majority(data)
         table += rows
     if len(args.seed) > 1:
         print_summary(table)
+    pictures["curves.svg"] = curves_svg(table, majority)
+    for name, picture in pictures.items():
+        save(os.path.join(args.out, name), picture.encode())
+        print(f"wrote {os.path.join(args.out, name)}")
 
 
 def ask(model, tokenizer, args, text):
@@ -407,16 +549,19 @@ def main(argv=None):
         elif not args.eval:
             run_all(args)
         else:
-            model, tokenizer, saved, run, seed = load_checkpoint(args.eval, args.device)
-            saved.device = args.device
+            model, tokenizer, saved, checkpoint = load_checkpoint(args.eval, args.device)
             if args.ask is not None:
                 ask(model, tokenizer, saved, args.ask)
             else:
+                run, seed = checkpoint["run"], checkpoint["seed"]
                 splits = load_examples(saved, seed)
                 data = encode_all(saved, {name: splits[name] for name in ("iid", "ood")}, tokenizer)
                 print_header(saved)
                 print_row(result_row(model, tokenizer, data, saved, seed, run))
                 print_majority(data)
+    except KeyboardInterrupt as stop:
+        print(f"train.py: interrupted{stop}", file=sys.stderr)
+        sys.exit(130)
     except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,9 +1,14 @@
 """The training script: CAT helps on a tiny game, checkpoints say the same again, and every failure is one line and leaves nothing."""
+import errno
 import json
 import math
 import os
 import pickle
 import re
+import signal
+import subprocess
+import sys
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -68,7 +73,7 @@ def test_several_seeds_print_mean_and_spread(tiny, capsys):
     tiny("--no-cat", "--epochs", 1, "--seed", 1, 2)
     values = [line["ood"] for line in metrics()]
     assert f"mean {sum(values) / 2:.3f}, standard deviation {abs(values[0] - values[1]) / math.sqrt(2):.3f}" in capsys.readouterr().out
-    assert sorted(os.listdir("out")) == ["metrics.jsonl", "no-cat-1.pt", "no-cat-2.pt"]
+    assert sorted(os.listdir("out")) == ["attention.svg", "curves.svg", "metrics.jsonl", "no-cat-1.pt", "no-cat-2.pt"]
 
 
 @pytest.mark.parametrize("flags", [("--loss", "answer"), ("--layers", "all"), ("--layers", "0,1"), ("--form", "hinge", "--alpha", 5),
@@ -190,6 +195,124 @@ def test_help_names_every_flag_in_one_line_with_its_default(capsys):
         train.parse_args(["--help"])
     text = capsys.readouterr().out
     for name, value in vars(train.parse_args([])).items():
-        if name not in ("runs", "supervised", "skip_bad", "bench", "device") and value is not None:
+        if name not in ("runs", "supervised", "device") and value not in (None, False):
             line = next(line for line in text.splitlines() if line.strip().startswith("--" + name.replace("_", "-") + " "))
             assert f"(default {value})" in line
+
+
+KILLER = """
+import os, random, signal, sys
+sys.path[:0] = [{tests!r}, {root!r}]
+import torch, train
+from data import GAMES
+from test_train import FLAGS, TINY
+
+GAMES["tiny"], train.TEST_ROWS, train.SAVE_EVERY = TINY, 16, 3
+flags = [*FLAGS, "--rows", "64", "--epochs", "3"]
+train.main([*flags, "--out", "whole"])
+
+
+def trace_lines(lines):
+    def trace(frame, event, arg):  # counts the lines run in train.py and data.py from the first step on, and kills at the last
+        nonlocal lines
+        if event == "line":
+            lines -= 1
+            if lines == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return trace
+    return lambda frame, event, arg: trace if frame.f_code.co_name in ("train", "step", "losses", "save") else None
+
+
+rng, killed = random.Random(0), 0
+while killed < 20:
+    child = os.fork()
+    if child == 0:
+        sys.settrace(trace_lines(rng.randrange(1, 600)))
+        train.main([*flags, "--out", "cut", "--resume"])
+        os._exit(0)
+    rng.random()
+    if os.waitpid(child, 0)[1] == signal.SIGKILL:
+        killed += 1
+    else:  # it came to the end: start again
+        for name in os.listdir("cut"):
+            os.rename(f"cut/{{name}}", f"cut-{{killed}}-{{name}}")
+train.main([*flags, "--out", "cut", "--resume"])
+"""
+
+
+def test_killed_at_any_line_and_resumed_is_the_same_run(tmp_path):
+    tests = os.path.dirname(os.path.abspath(__file__))
+    done = subprocess.run([sys.executable, "-c", KILLER.format(tests=tests, root=os.path.dirname(tests))], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name in ("cat-1.pt", "no-cat-1.pt"):
+        whole, cut = (torch.load(tmp_path / out / name, weights_only=True)["model"] for out in ("whole", "cut"))
+        assert all(torch.equal(whole[key], cut[key]) for key in whole)
+    for name in ("metrics.jsonl", "attention.svg", "curves.svg"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
+
+
+def test_ctrl_c_saves_and_resume_goes_on(tiny, capsys, monkeypatch):
+    flags = ["--cat", "--rows", 64, "--epochs", 3]
+    tiny(*flags, "--out", "whole")
+    steps, step = [], train.step
+
+    def step_and_interrupt(*args):
+        steps.append(1)
+        if len(steps) == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(*args)
+
+    monkeypatch.setattr(train, "step", step_and_interrupt)
+    with pytest.raises(SystemExit) as stop:
+        tiny(*flags)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 130 and "step 6 of 12" in error and "--resume" in error
+    tiny(*flags, "--resume")
+    assert len(steps) == 12 and metrics() == metrics("whole")
+    with pytest.raises(SystemExit) as stop:
+        tiny(*flags, "--resume", "--lr", 0.1)
+    assert stop.value.code == 2 and "--lr is 0.1, but out/cat-1.pt was begun with 0.004" in capsys.readouterr().err
+    tiny(*flags, "--resume")  # nothing is left to do
+    assert len(steps) == 12 and metrics() == metrics("whole")
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tiny, capsys, monkeypatch):
+    tiny("--cat", "--rows", 32, "--epochs", 1)
+    before = open("out/cat-1.pt", "rb").read()
+
+    def full(file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SystemExit) as stop:
+        tiny("--cat", "--rows", 32, "--epochs", 2)
+    assert stop.value.code == 2 and "No space left" in capsys.readouterr().err.splitlines()[-1]
+    assert open("out/cat-1.pt", "rb").read() == before and not os.path.exists("out/cat-1.pt.tmp")
+
+
+def test_pictures(tiny, capsys):
+    tiny("--rows", 64, "--epochs", 2, "--seed", 1, 2)
+    assert capsys.readouterr().out.splitlines()[-2:] == ["wrote out/attention.svg", "wrote out/curves.svg"]
+    space = "{http://www.w3.org/2000/svg}"
+    picture = ElementTree.parse("out/attention.svg").getroot()
+    words = [text.text for text in picture.iter(space + "text")]
+    assert "without CAT" in words and "with CAT" in words
+    assert sum(word.endswith((": right", ": wrong")) for word in words) == 2
+    shares = [int(word.split("%")[0]) for word in words if "% on " in word]
+    assert len(shares) == 8 and abs(sum(shares) - 200) <= 4
+    dashes = [path.get("stroke-dasharray") for path in picture.iter(space + "path")]
+    assert dashes.count("none") == dashes.count("3 2") == 3  # the legend and one number a run
+    curves = ElementTree.parse("out/curves.svg").getroot()
+    words = [text.text for text in curves.iter(space + "text")]
+    final = [line for line in metrics() if line["epoch"] == 2]
+    for run, name in (("no CAT", "without CAT"), ("CAT", "with CAT")):
+        mean = sum(line["ood"] for line in final if line["run"] == run) / 2
+        assert f"{name}, OOD {mean:.2f}" in words
+    assert any(word.startswith("majority class") for word in words) and {"accuracy", "epoch"} <= set(words)
+    assert len(list(curves.iter(space + "polygon"))) == 4  # a band over the seeds for each line
+
+
+def test_pictures_hold_any_text():
+    text = "<&\"'\x00\x1b￾é日"
+    assert ElementTree.fromstring(train.svg(10, [train.svg_text(1, 2, text)]))[1].text == "<&\"'   é日"
