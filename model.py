@@ -21,6 +21,9 @@ class GPTConfig:
         for name, value in vars(self).items():
             if name != "init_std" and (type(value) is not int or value < 1):
                 raise ValueError(f"{name} is {value!r}: give a whole number of at least 1")
+        size = 12 * self.n_layer * self.n_embd ** 2 + 2 * self.vocab_size * self.n_embd
+        if size > 1e9:
+            raise ValueError(f"n_layer is {self.n_layer}, n_embd is {self.n_embd}: {size:.1e} parameters, lower them to at most 1e9")
         if not 0 <= self.init_std < math.inf:
             raise ValueError(f"init_std is {self.init_std}: give a finite number of at least 0")
         if self.n_embd % (2 * self.n_head):

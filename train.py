@@ -167,7 +167,8 @@ def evaluate(model, data, args, limit=None):
     row the tokens predicted for the answer, each given the right ones before it, and the right ones; "looks", (N, T), the
     attention of the query predicting the answer, in the supervised layers."""
     hits, shares, causal, other, answers, looks = [], [], [], [], [], []
-    for rows in torch.arange(len(data.idx), device=data.idx.device)[:limit].split(256):
+    N, T = data.idx.shape
+    for rows in torch.arange(N, device=data.idx.device)[:limit].split(max(1, 2 ** 21 // T ** 2)):  # so that the maps stay small
         logits, attentions = model(data.idx[rows])
         # every answer token right given the right ones before it: what greedy decoding of the answer would give
         answer, predicted = data.answer[rows], logits.argmax(dim=-1)
@@ -539,6 +540,11 @@ def bench(args, pairs=100):
           f"{1000 * without:.2f} ms without CAT, {1000 * with_cat:.2f} ms with, ratio {ratio:.3f}")
 
 
+def fail(message, code):
+    print(f"train.py: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
 def main(argv=None):
     args = parse_args(argv)
     try:
@@ -559,12 +565,14 @@ def main(argv=None):
                 print_header(saved)
                 print_row(result_row(model, tokenizer, data, saved, seed, run))
                 print_majority(data)
-    except KeyboardInterrupt as stop:
-        print(f"train.py: interrupted{stop}", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as interrupt:
+        fail(f"interrupted{interrupt}", 130)
     except (ValueError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail(error, 2)
+    except (MemoryError, RuntimeError) as error:
+        if "memory" not in str(error).lower() and type(error) is not MemoryError:
+            raise
+        fail("out of memory: lower --batch-size, --n-layer or --n-embd, or shorten the rows", 2)
 
 
 if __name__ == "__main__":

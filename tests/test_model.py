@@ -108,7 +108,8 @@ def test_never_past_block_size():
 
 @pytest.mark.parametrize("changes, part", [
     ({"vocab_size": 0}, "vocab_size is 0"), ({"n_layer": -1}, "n_layer is -1"), ({"n_head": 2.0}, "n_head is 2.0"),
-    ({"block_size": True}, "block_size is True"), ({"n_embd": 10}, "n_embd is 10"), ({"init_std": -1.0}, "init_std is -1.0")])
+    ({"block_size": True}, "block_size is True"), ({"n_embd": 10}, "n_embd is 10"), ({"init_std": -1.0}, "init_std is -1.0"),
+    ({"n_layer": 64, "n_embd": 4096}, "1.3e+10 parameters")])
 def test_config_checks_itself(changes, part):
     with pytest.raises(ValueError) as error:
         small_model(**changes)

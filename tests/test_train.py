@@ -316,3 +316,10 @@ def test_pictures(tiny, capsys):
 def test_pictures_hold_any_text():
     text = "<&\"'\x00\x1b￾é日"
     assert ElementTree.fromstring(train.svg(10, [train.svg_text(1, 2, text)]))[1].text == "<&\"'   é日"
+
+
+def test_out_of_memory_is_one_line(tiny, capsys, monkeypatch):
+    monkeypatch.setattr(train, "step", lambda *args: torch.empty(2 ** 60))
+    with pytest.raises(SystemExit) as stop:
+        tiny("--rows", 32)
+    assert stop.value.code == 2 and "lower --batch-size" in capsys.readouterr().err.splitlines()[-1]
