@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pickle
+import random
 import re
 import signal
 import subprocess
@@ -323,3 +324,35 @@ def test_out_of_memory_is_one_line(tiny, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         tiny("--rows", 32)
     assert stop.value.code == 2 and "lower --batch-size" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_random_flags_and_random_files_end_in_0_or_2(tiny, capsys, monkeypatch):
+    monkeypatch.setattr(train, "STEPS", 2)
+    monkeypatch.setattr(train, "TEST_ROWS", 8)
+    monkeypatch.setattr(train.tiktoken, "get_encoding", lambda name: 1 / 0)
+    rng, codes = random.Random(0), []
+    values = ["0", "1", "2", "3", "-1", "0.5", "1e9", "1e400", "nan", "", "x", "last", "0,1", ",", "hinge", "tiny", "STG", "digits", "gpt2",
+              "cpu", "answer", "span", "rows.jsonl", "noise.jsonl", "out/cat-1.pt", ".", "é\x00", "9" * 400]
+    with pytest.raises(SystemExit):
+        train.parse_args(["--help"])
+    flags = re.findall(r"^ +(--[a-z-]+)", capsys.readouterr().out, re.M)
+    assert len(flags) > 30
+    good = "".join(dump(generate(TINY, 16))).encode()
+    for _ in range(150):
+        with open("noise.jsonl", "wb") as file:
+            cut = rng.randrange(len(good))
+            file.write(rng.choice((rng.randbytes(200), good[:cut], good[:cut] + rng.randbytes(3) + good[cut + 3:])))
+        with open("rows.jsonl", "wb") as file:
+            file.write(good)
+        chosen = ["--rows", "16", "--epochs", "1"] + rng.choice(([], ["--train", "noise.jsonl", "--val", "0.5"],
+                                                               ["--eval", "noise.jsonl"], ["--eval", "out/cat-1.pt"]))
+        for flag in rng.sample(flags, rng.randrange(4)):
+            chosen += [flag] if rng.random() < 0.2 else [flag, rng.choice(values)]
+        try:
+            tiny(*chosen)
+            codes.append(0)
+        except SystemExit as stop:
+            codes.append(stop.code)
+            error = [line for line in capsys.readouterr().err.splitlines() if line and "|" not in line]
+            assert stop.code in (0, 2) and len(error) == (stop.code == 2), (chosen, error)  # help is on standard output
+    assert codes.count(0) > 15 and codes.count(2) > 15
