@@ -208,7 +208,7 @@ import torch, train
 from data import GAMES
 from test_train import FLAGS, TINY
 
-GAMES["tiny"], train.TEST_ROWS, train.SAVE_EVERY = TINY, 16, 3
+GAMES["tiny"], train.TEST_ROWS, train.SAVE_EVERY = TINY, 16, 2
 flags = [*FLAGS, "--rows", "64", "--epochs", "3"]
 train.main([*flags, "--out", "whole"])
 
@@ -356,3 +356,26 @@ def test_random_flags_and_random_files_end_in_0_or_2(tiny, capsys, monkeypatch):
             error = [line for line in capsys.readouterr().err.splitlines() if line and "|" not in line]
             assert stop.code in (0, 2) and len(error) == (stop.code == 2), (chosen, error)  # help is on standard output
     assert codes.count(0) > 15 and codes.count(2) > 15
+
+
+def test_attention_picture_shows_the_first_row_that_only_cat_gets_right():
+    examples = generate(TINY, 4, seed=1)
+    tokenizer = train.build_tokenizer(e.input + e.target for e in examples)
+    data = encode(examples, tokenizer, 32)
+    high, low = tokenizer.encode("High"), tokenizer.encode("Low")
+    rows = [{"run": run, "looks": torch.zeros(4, 32), "answers": [(guess, high) for guess in guesses]}
+            for run, guesses in (("no CAT", (high, low, low, low)), ("CAT", (high, low, high, high)))]
+    assert "OOD row 3, High: the first that only" in train.attention_svg(rows, data, tokenizer)
+    assert "OOD row 1, High<" in train.attention_svg(rows[1:], data, tokenizer)
+
+
+def test_a_step_that_is_not_finite_leaves_the_weights(tiny):
+    args, examples = train.parse_args(FLAGS), generate(TINY, 8)
+    tokenizer = train.load_tokenizer(args, examples)
+    model, optimizer = train.make_model(args, tokenizer.n_vocab, 0)
+    before = [weight.clone() for weight in model.parameters()]
+    data = encode(examples, tokenizer, 32)
+    train.step(model, optimizer, data, torch.arange(8), args, math.inf, 0.1, True)
+    assert all(torch.equal(*pair) for pair in zip(before, model.parameters()))
+    train.step(model, optimizer, data, torch.arange(8), args, 0.1, 0.1, True)
+    assert not any(torch.equal(*pair) for pair in zip(before, model.parameters()))
