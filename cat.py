@@ -37,15 +37,19 @@ def attention_ratio(attn, adjacency, mask=None):
     if mask is not None and mask.shape != (B, T):
         raise ValueError(f"mask {tuple(mask.shape)}: must be (B, T) = {(B, T)}")
     adjacency = as_bool("adjacency", adjacency)
-    visible = torch.ones(T, T, dtype=torch.bool, device=attn.device).tril()  # (T, T), j <= i
-    if (adjacency & ~visible).any():
+    b, i = adjacency.any(dim=-1).nonzero(as_tuple=True)  # mostly few rows have edges: only these are looked at
+    attn, edges = attn[b, i], adjacency[b, i]  # (R, T) each
+    visible = torch.arange(T, device=attn.device) <= i[:, None]  # (R, T)
+    if (edges & ~visible).any():
         raise ValueError("adjacency has an edge above the diagonal: a query cannot look at a later key; is it transposed?")
     if mask is not None:
         mask = as_bool("mask", mask)
-        visible = visible & mask[:, None, :] & mask[:, :, None]  # (B, T, T): padding is neither query nor key
-    causal_keys, other_keys = adjacency & visible, visible & ~adjacency  # (B, T, T) each
-    rows = causal_keys.any(dim=-1) & other_keys.any(dim=-1)  # (B, T)
-    attn, causal_keys, other_keys = attn[rows], causal_keys[rows], other_keys[rows]  # (R, T) each: mostly few rows count
+        visible = visible & mask[b] & mask[b, i][:, None]  # padding is neither query nor key
+    causal_keys, other_keys = edges & visible, visible & ~edges  # (R, T) each
+    counted = causal_keys.any(dim=-1) & other_keys.any(dim=-1)  # (R,)
+    rows = torch.zeros(B, T, dtype=torch.bool, device=attn.device)
+    rows[b, i] = counted
+    attn, causal_keys, other_keys = attn[counted], causal_keys[counted], other_keys[counted]
     attn = attn.to(torch.promote_types(attn.dtype, torch.float32))
     causal = (attn * causal_keys).sum(dim=-1) / causal_keys.sum(dim=-1)
     other = (attn * other_keys).sum(dim=-1) / other_keys.sum(dim=-1)
