@@ -49,11 +49,10 @@ def attention_ratio(attn, adjacency, mask=None):
     counted = causal_keys.any(dim=-1) & other_keys.any(dim=-1)  # (R,)
     rows = torch.zeros(B, T, dtype=torch.bool, device=attn.device)
     rows[b, i] = counted
-    attn, causal_keys, other_keys = attn[counted], causal_keys[counted], other_keys[counted]
     attn = attn.to(torch.promote_types(attn.dtype, torch.float32))
-    causal = (attn * causal_keys).sum(dim=-1) / causal_keys.sum(dim=-1)
-    other = (attn * other_keys).sum(dim=-1) / other_keys.sum(dim=-1)
-    return causal, other, rows
+    causal = (attn * causal_keys).sum(dim=-1) / causal_keys.sum(dim=-1).clamp(min=1)
+    other = (attn * other_keys).sum(dim=-1) / other_keys.sum(dim=-1).clamp(min=1)
+    return causal[counted], other[counted], rows
 
 
 def re_attention_loss(attn, adjacency, alpha, form="hinge", mask=None):

@@ -521,7 +521,8 @@ def ask(model, tokenizer, args, text):
 
 
 def bench(args, pairs=100):
-    """Times the same training step without and with CAT, in turns, and prints the medians."""
+    """Times the same training step without and with CAT, in turns, and prints the medians, what the step with CAT spends
+    its time on, and the size of the attention maps by length."""
     splits = {"train": generate(GAMES[args.game], 40 * args.batch_size, False, args.seed[0], args.edges)}
     tokenizer = load_tokenizer(args, splits["train"])
     data = encode(splits["train"], tokenizer, args.block_size, args.device)
@@ -538,6 +539,16 @@ def bench(args, pairs=100):
     without, with_cat, ratio = (statistics.median(column) for column in zip(*((a, b, b / a) for a, b in times[10:])))
     print(f"a step of {args.batch_size} rows on {args.device}, {torch.get_num_threads()} threads, median of {pairs} pairs: "
           f"{1000 * without:.2f} ms without CAT, {1000 * with_cat:.2f} ms with, ratio {ratio:.3f}")
+    with torch.profiler.profile() as profile:
+        for _ in range(20):
+            step(*models[1], data, torch.arange(args.batch_size, device=args.device), args, args.gamma, args.lr, True)
+    spent = {event.key.removeprefix("aten::"): event.self_cpu_time_total for event in profile.key_averages()}
+    print("on the CPU: " + ", ".join(f"{name} {spent[name] / sum(spent.values()):.0%}" for name in sorted(spent, key=spent.get)[:-9:-1]))
+    for T in (256, 512, 1024, 2048):
+        model = GPT(dataclasses.replace(models[1][0].config, block_size=T))
+        with torch.no_grad():
+            maps = model(torch.zeros(1, T, dtype=torch.long))[1]
+        print(f"attention maps of a row of {T:4} tokens: {sum(attn.nbytes for attn in maps) / 2 ** 20:.0f} MiB")
 
 
 def fail(message, code):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from cat import FORMS, attention_ratio, average_attention, gamma_at, re_attention_loss
-from oracle import EPS, loop_loss, random_case
+from oracle import EPS, dense_loss, loop_loss, random_case
 
 ALPHA = 1.5  # some rows of a random case are below, some above
 
@@ -23,6 +23,11 @@ def test_equals_the_loop(form, padded):
         expected = loop_loss(attn, adjacency, ALPHA, form, mask)
         assert expected != 0
         assert torch.allclose(re_attention_loss(attn, adjacency, ALPHA, form, mask), expected, rtol=1e-12, atol=0)
+
+
+def test_equals_the_loss_of_all_rows():
+    attn, adjacency, _ = random_case(3, 9, 5, padded=False)
+    assert torch.allclose(re_attention_loss(attn, adjacency, ALPHA), dense_loss(attn, adjacency, ALPHA), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("form", FORMS)
