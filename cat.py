@@ -12,39 +12,56 @@ def average_attention(attentions):
 
     attentions: sequence of (B, H, T, T), one per layer; H may differ. To supervise some layers only, pass that slice.
     Returns (B, T, T) in float32 or wider.
-    Raises ValueError for an empty sequence, and for maps that are not (B, H, T, T) with equal B and T.
+    Raises ValueError for None, an empty sequence or a layer that is None (the model returned no attention), and for maps
+    that are not (B, H, T, T) with equal B and T.
     """
-    shapes = [tuple(attn.shape) for attn in attentions]
-    if not shapes or any(len(s) != 4 or (s[0], s[2], s[3]) != (shapes[0][0], *shapes[0][-1:] * 2) for s in shapes):
+    shapes = [None if attn is None else tuple(attn.shape) for attn in ([] if attentions is None else attentions)]
+    if not shapes or None in shapes:
+        raise ValueError(f"attentions of shapes {shapes}: a Hugging Face model returns a map per layer only when loaded with "
+                         'attn_implementation="eager" and called with output_attentions=True')
+    if any(len(s) != 4 or (s[0], s[2], s[3]) != (shapes[0][0], *shapes[0][-1:] * 2) for s in shapes):
         raise ValueError(f"attentions of shapes {shapes}: give one (B, H, T, T) per layer, with equal B and T")
     layers = [attn.to(torch.promote_types(attn.dtype, torch.float32)).mean(dim=1) for attn in attentions]  # (B, T, T) each
     return torch.stack(layers).mean(dim=0)
 
 
-def attention_ratio(attn, adjacency, mask=None):
-    """Mean attention on the causal keys and on the other visible keys, row by row (the paper's Re-Attention mechanism).
+def supervised_keys(adjacency, mask=None):
+    """The causal and the other visible keys of every query, and the rows that count: all that needs no attention.
 
-    attn: (B, T, T), attention of query i on key j at [b, i, j], e.g. from `average_attention`.
     adjacency: (B, T, T), bool or 0/1; [b, i, j] says that query i should look at key j, so nothing above the diagonal.
     mask: (B, T), bool or 0/1, 1 for a token and 0 for padding on either side; None when there is no padding.
-    Returns (causal, other, rows): rows is (B, T) bool and marks the R rows that count, those with at least one causal
-    and one other visible key; causal and other are (R,), in the order of rows.nonzero(). The ratio is causal / other.
-    Raises ValueError for shapes that differ, for values other than 0 and 1, and for edges above the diagonal.
+    Returns (causal_keys, other_keys, rows), all bool: the keys (B, T, T); rows (B, T) marks the R rows that count, those
+    with at least one causal and one other visible key. `rows.sum()` is R.
+    Raises ValueError for wrong shapes, for values other than 0 and 1, and for edges above the diagonal.
     """
-    B, T = attn.shape[0], attn.shape[-1]
-    if attn.shape != (B, T, T) or adjacency.shape != attn.shape:
-        raise ValueError(f"attn {tuple(attn.shape)}, adjacency {tuple(adjacency.shape)}: both must be (B, T, T)")
+    B, T = adjacency.shape[0], adjacency.shape[-1]
+    if adjacency.shape != (B, T, T):
+        raise ValueError(f"adjacency {tuple(adjacency.shape)}: must be (B, T, T)")
     if mask is not None and mask.shape != (B, T):
         raise ValueError(f"mask {tuple(mask.shape)}: must be (B, T) = {(B, T)}")
     adjacency = as_bool("adjacency", adjacency)
-    visible = torch.ones(T, T, dtype=torch.bool, device=attn.device).tril()  # (T, T), j <= i
+    visible = torch.ones(T, T, dtype=torch.bool, device=adjacency.device).tril()  # (T, T), j <= i
     if (adjacency & ~visible).any():
         raise ValueError("adjacency has an edge above the diagonal: a query cannot look at a later key; is it transposed?")
     if mask is not None:
         mask = as_bool("mask", mask)
         visible = visible & mask[:, None, :] & mask[:, :, None]  # (B, T, T): padding is neither query nor key
     causal_keys, other_keys = adjacency & visible, visible & ~adjacency  # (B, T, T) each
-    rows = causal_keys.any(dim=-1) & other_keys.any(dim=-1)  # (B, T)
+    return causal_keys, other_keys, causal_keys.any(dim=-1) & other_keys.any(dim=-1)
+
+
+def attention_ratio(attn, adjacency, mask=None):
+    """Mean attention on the causal keys and on the other visible keys, row by row (the paper's Re-Attention mechanism).
+
+    attn: (B, T, T), attention of query i on key j at [b, i, j], e.g. from `average_attention`.
+    adjacency, mask: as in `supervised_keys`.
+    Returns (causal, other, rows): rows is (B, T) bool and marks the R rows that count; causal and other are (R,), in the
+    order of rows.nonzero(). The ratio is causal / other.
+    Raises ValueError for shapes that differ, and what `supervised_keys` raises.
+    """
+    if attn.shape != adjacency.shape:
+        raise ValueError(f"attn {tuple(attn.shape)}, adjacency {tuple(adjacency.shape)}: both must be (B, T, T)")
+    causal_keys, other_keys, rows = supervised_keys(adjacency, mask)
     attn, causal_keys, other_keys = attn[rows], causal_keys[rows], other_keys[rows]  # (R, T) each: mostly few rows count
     attn = attn.to(torch.promote_types(attn.dtype, torch.float32))
     causal = (attn * causal_keys).sum(dim=-1) / causal_keys.sum(dim=-1)
