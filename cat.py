@@ -69,7 +69,7 @@ def attention_ratio(attn, adjacency, mask=None):
     return causal, other, rows
 
 
-def re_attention_loss(attn, adjacency, alpha, form="hinge", mask=None):
+def re_attention_loss(attn, adjacency, alpha, form="hinge", mask=None, reduction="mean"):
     """The Re-Attention loss: the mean, over the rows that `attention_ratio` counts, of a penalty on ratio < alpha.
 
     attn, adjacency, mask: as in `attention_ratio`. alpha > 0: the ratio of causal to other attention to be reached.
@@ -84,13 +84,16 @@ def re_attention_loss(attn, adjacency, alpha, form="hinge", mask=None):
 
     and a row at or above alpha costs 0. Hinge gradient: with R rows counted, and in row i n_c causal and n_o other
     keys, d loss / d attn[i, j] = -1 / (R n_c o) for a causal j and +c / (R n_o o^2) for another visible j.
-    Returns a scalar; exactly 0 with a zero gradient when no row counts (a batch without supervision trains on).
-    Raises ValueError for alpha <= 0 or not finite, an unknown form, and what `attention_ratio` raises.
+    Returns a scalar; exactly 0 with a zero gradient when no row counts (a batch without supervision trains on). With
+    reduction="none" the R penalties themselves, (R,), in the order of rows.nonzero(): to sum and divide by another count.
+    Raises ValueError for alpha <= 0 or not finite, an unknown form or reduction, and what `attention_ratio` raises.
     """
     if not 0 < alpha < math.inf:
         raise ValueError(f"alpha is {alpha}: the ratio to reach must be a finite number above 0")
     if form not in FORMS:
         raise ValueError(f"form is {form!r}: choose one of {', '.join(FORMS)}")
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"reduction is {reduction!r}: choose mean or none")
     causal, other, _ = attention_ratio(attn, adjacency, mask)
     c, o = causal + EPS, other + EPS  # (R,) each
     if form == "hinge":
@@ -104,7 +107,7 @@ def re_attention_loss(attn, adjacency, alpha, form="hinge", mask=None):
     else:
         penalty = -c / (c + o)
     penalty = torch.where(c < alpha * o, penalty, 0.0)
-    return penalty.sum() / max(len(penalty), 1)
+    return penalty if reduction == "none" else penalty.sum() / max(len(penalty), 1)
 
 
 def gamma_at(epoch, gamma0, decay):
