@@ -1,4 +1,4 @@
-"""Data: the rule-based Spurious Token Game (STG), the tokenizer, phrases to token adjacency, batches."""
+"""Data: the rule-based Spurious Token Game (STG), the tokenizer, phrases to token adjacency, batches, labels by an assistant."""
 import argparse
 import bisect
 import json
@@ -6,15 +6,25 @@ import math
 import os
 import random
 import re
+import select
+import shlex
+import shutil
+import signal
+import subprocess
 import sys
+import tempfile
+import threading
+import time
 from array import array
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
 import tiktoken
 import torch
+from tqdm import tqdm
 
 ROLES = ("other", "causal", "spurious", "irrelevant")  # a token's role is stored as its index here
 END = "<|endoftext|>"  # closes every answer, so that a greedy answer knows where to stop
@@ -421,12 +431,14 @@ def describe(examples, tokenizer):
 
 
 def dump(examples):
-    """Examples as JSON Lines in the format that `read` takes; causes are written as their edges have them."""
+    """Examples as JSON Lines in the format that `read` takes; causes are written as their edges have them, each text once."""
     for example in examples:
         text, important = example.input + example.target, {}
         for effect, cause in example.edges:
-            important.setdefault(text[slice(*effect)], []).append(text[slice(*cause)])
-        row = {"input": example.input, "target": example.target, "important": [important]}
+            important.setdefault(text[slice(*effect)], {})[text[slice(*cause)]] = True
+        row = {"input": example.input, "target": example.target}
+        if important:
+            row["important"] = [{effect: list(causes) for effect, causes in important.items()}]
         yield json.dumps(row, ensure_ascii=False) + "\n"
 
 
@@ -445,24 +457,223 @@ def save(path, content):
         raise
 
 
-def main():
-    parser = argparse.ArgumentParser(prog="data.py", description="Show what is understood of a file, or write a generated one.")
+INSTRUCTION = """Each line below is a text as JSON: an input and the target that follows it. "important" says which phrases
+decide which later ones, as {effect: [causes]}; the effect is most often the target. Copy the phrases from the text letter by
+letter. A cause stands before its effect; what merely goes along with an effect is no cause. Reply with the "important" of the
+last line, and nothing else.
+
+"""
+MOST = 1_000_000  # bytes read of a reply
+
+
+def ask(command, prompt, time_limit, stop):
+    """What a command (a list of words, run without a shell) prints when it reads the prompt on standard input.
+
+    Raises ValueError when it fails, prints more than MOST bytes, or is not done after time_limit seconds or when the event
+    `stop` is set: then it is killed with its whole process group. OSError when it can't be started.
+    """
+    with tempfile.TemporaryFile() as file:  # writing to a pipe could block on a command that does not read
+        file.write(prompt.encode())
+        file.seek(0)
+        process = subprocess.Popen(command, stdin=file, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+    reply, closed, end = bytearray(), False, time.monotonic() + time_limit
+    with process:
+        while (not closed or process.poll() is None) and len(reply) <= MOST and time.monotonic() < end and not stop.is_set():
+            if closed:
+                stop.wait(0.01)
+            elif select.select([process.stdout], [], [], 0.1)[0]:
+                chunk = os.read(process.stdout.fileno(), 1 << 16)
+                reply += chunk
+                closed = not chunk
+        killed = process.returncode is None
+        if killed:
+            os.killpg(process.pid, signal.SIGKILL)
+    if killed:
+        raise ValueError(f"over {MOST} bytes" if len(reply) > MOST else f"not done in {time_limit:g} seconds")
+    if process.returncode:
+        raise ValueError(f"exit status {process.returncode}")
+    return reply.decode(errors="replace")
+
+
+def label(reply, input, target):
+    """The Example that an assistant's reply makes of a text: from the last {effect: [causes]}, or list of them, with an edge.
+
+    Only what `link` finds is kept: phrases of the text, cause before effect. Raises ValueError when that is nothing.
+    """
+    reply, values, end = reply[-50_000:], [], 0  # the answer comes last, and braces that open nothing take quadratic time
+    for brace in re.finditer(r'{(?=\s*")|\[(?=\s*{)', reply):
+        if brace.start() >= end:
+            try:
+                value, end = json.JSONDecoder().raw_decode(reply, brace.start())
+            except (ValueError, RecursionError):
+                continue
+            values += [value, value.get("important")] if isinstance(value, dict) else [value]
+    for value in reversed(values):
+        try:
+            important = parse(json.dumps({"input": input, "target": target, "important": value}))[2]
+        except (ValueError, RecursionError):
+            continue
+        pairs = dict.fromkeys((effect, cause) for group in important for effect, causes in group.items() for cause in causes)
+        edges = link(input, target, [{effect: [cause]} for effect, cause in pairs], "span")[0]
+        if edges:
+            return Example(input, target, edges)
+    raise ValueError("no {effect: [causes]} with phrases of the text in the reply")
+
+
+def finished(path):
+    """The rows of an output file as {(input, target): [line, ...]}, without a last line cut by a kill; {} without a file.
+
+    Raises ValueError for any other line that is no row, as "file:line: what, and what to do".
+    """
+    rows, lines = {}, Path(path).read_bytes().split(b"\n") if os.path.exists(path) else []
+    for n, line in enumerate(lines, 1):
+        try:
+            text = line.decode("utf-8-sig").strip()
+            if text:
+                rows.setdefault(parse(text)[:2], []).append(text + "\n")
+        except ValueError as error:
+            if n < len(lines) or not b'{"input": '.startswith(line[:10]):
+                raise ValueError(f"{path}:{n}: {error}, or give another --out") from None
+    return rows
+
+
+def unanswered(rows, lines):
+    """The Examples that have no line in what `finished` returns; a line is the answer to one of several equal rows."""
+    spare, left = Counter({key: len(same) for key, same in lines.items()}), []
+    for row in rows:
+        spare[row.input, row.target] -= 1
+        if spare[row.input, row.target] < 0:
+            left.append(Example(row.input, row.target, source=row.source))
+    return left
+
+
+def annotate(questions, demos, assistant, out, jobs=4, time_limit=60, skip_bad=False):
+    """Label the rows of a file (the paper's first step: human examples, then an assistant) and print what came of it.
+
+    questions, demos, out: JSON Lines files. Every demo needs a usable "important"; that of a question is not looked at.
+    assistant: a command that reads a prompt and prints a reply. It gets three tries of time_limit seconds a row, `jobs` rows
+    at once; a row without a usable reply is written without "important". Rows already in out are kept. A row is appended
+    when it is done; at the end the rows are put in the order of the questions, those of no question last.
+    Raises ValueError or OSError, for wrong arguments before out is touched, and KeyboardInterrupt with the number of rows done.
+    """
+    try:
+        command = shlex.split(assistant)
+    except ValueError as error:
+        raise ValueError(f"--assistant is {assistant!r}: {error}, quote it as for a shell") from None
+    if not command or not shutil.which(command[0]):
+        raise ValueError(f"--assistant is {assistant!r}: no such command, give a program that reads a prompt and prints a reply")
+    if not 1 <= jobs <= 100 or not time_limit > 0:
+        raise ValueError(f"--jobs is {jobs} and --time-limit {time_limit:g}: give 1 to 100 jobs and more than 0 seconds")
+    if os.path.exists(out) and (not os.path.isfile(out) or any(os.path.samefile(out, path) for path in (questions, demos))):
+        raise ValueError(f"--out is {out}: give a file of its own")
+    (shown, demos_summary), (rows, summary) = read(demos, "span", skip_bad), read(questions, "span", skip_bad)
+    for demo in shown:
+        if not demo.edges:
+            raise ValueError(f'{demo.source}: no usable "important": give {{effect: [causes]}} with phrases of the text')
+    lines, prompt, stop = finished(out), INSTRUCTION + "".join(dump(shown)), threading.Event()
+
+    def answer(row):
+        for _ in range(3):
+            try:
+                return label(ask(command, prompt + next(dump([row])), time_limit, stop), row.input, row.target), ""
+            except ValueError as error:
+                why = f", such as {row.source}: {error}"
+        return row, why
+
+    def rewrite(lines):
+        save(out, "".join(lines).encode())
+
+    print(f"{demos_summary}\n{summary}")
+    rewrite(line for same in lines.values() for line in same)
+    todo, why, pool = unanswered(rows, lines), "", ThreadPoolExecutor(jobs)
+    try:
+        with open(out, "a", encoding="utf-8") as file:
+            answers = as_completed([pool.submit(answer, row) for row in todo])
+            for future in tqdm(answers, total=len(rows), initial=len(rows) - len(todo), disable=None):
+                row, failure = future.result()
+                file.write(next(dump([row])))
+                file.flush()
+                why = failure or why
+    except KeyboardInterrupt:
+        done = len(rows) - len(unanswered(rows, finished(out)))
+        raise KeyboardInterrupt(f"stopped with {done} of {len(rows)} rows in {out}: the same command continues") from None
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+    lines = finished(out)
+    ordered = [lines[row.input, row.target].pop(0) for row in rows]
+    rewrite(ordered + [line for same in lines.values() for line in same])
+    labelled, summary = read(out)
+    print(f"{summary}; {sum(not row.edges for row in labelled)} without a usable reply{why}")
+
+
+def compare(labelled, truth, edges="value", skip_bad=False):
+    """How well the edges of a labelled file are those of a true one, as lines of text; rows are paired by input and target.
+
+    Precision is the share of the labelled edges that are true, recall the share of the true edges that are labelled, F1 their
+    harmonic mean; all are 1 where neither file has an edge, 0 where only one has. ValueError when no row has a partner.
+    """
+    def scores(both, found, true):
+        return (both / found, both / true, 2 * both / (found + true)) if found and true else (float(found == true),) * 3
+
+    (rows, summary), (true_rows, true_summary) = read(labelled, edges, skip_bad), read(truth, edges, skip_bad)
+    partners, counts = {}, {}  # counts: {"file:line": (edges in both, labelled edges, true edges)}
+    for row in true_rows:
+        partners.setdefault((row.input, row.target), []).append(set(row.edges))
+    for row in rows:
+        if partners.get((row.input, row.target)):
+            found, true = set(row.edges), partners[row.input, row.target].pop(0)
+            counts[row.source] = len(found & true), len(found), len(true)
+    if not counts:
+        raise ValueError(f"{labelled}: no row is in {truth} too, with its input and target: compare files of the same questions")
+    n, by_row, (both, found, true) = len(counts), {row: scores(*counts[row]) for row in counts}, map(sum, zip(*counts.values()))
+    shown = "precision {:.3f}, recall {:.3f}, F1 {:.3f}".format
+    worst = sorted((row for row in by_row if by_row[row][2] < 1), key=lambda row: by_row[row][2])[:3]
+    return "\n".join([summary, true_summary,
+                      f"{n} rows compared; without a partner: {len(rows) - n} labelled, {len(true_rows) - n} true",
+                      f"all edges: {shown(*scores(both, found, true))} ({found} labelled, {true} true, {both} both)",
+                      f"mean over rows: {shown(*(sum(column) / n for column in zip(*by_row.values())))}",
+                      *(f"worst: {row}: {shown(*by_row[row])}" for row in worst)])
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="data.py", description="Describe a FILE, generate one with --game, label one with "
+                                     "--annotate, or compare labels with --check.")
     parser.error = lambda message: parser.exit(2, f"data.py: {message}\n")  # one line, without the usage
     parser.add_argument("file", nargs="?", help="JSON Lines file to describe")
-    parser.add_argument("--game", choices=GAMES, help="generate rows of this game instead")
+    parser.add_argument("--game", choices=GAMES, help="generate rows of this game")
     parser.add_argument("--rows", type=int, default=1600, help="rows to generate (default 1600)")
     parser.add_argument("--ood", action="store_true", help="spurious features stop copying")
     parser.add_argument("--seed", type=int, default=0, help="seed of the generated rows (default 0)")
-    parser.add_argument("--out", help="file to write the generated rows to")
+    parser.add_argument("--annotate", metavar="FILE", help="label the rows of this file; the same command goes on")
+    parser.add_argument("--demos", metavar="FILE", help="rows labelled by hand, shown to the assistant")
+    parser.add_argument("--assistant", metavar="COMMAND", help="program that reads a prompt and prints a reply")
+    parser.add_argument("--jobs", type=int, default=4, help="rows to ask for at once (default 4)")
+    parser.add_argument("--time-limit", type=float, default=60, help="seconds for a reply, three tries a row (default 60)")
+    parser.add_argument("--out", help="file to write the generated or labelled rows to")
+    parser.add_argument("--check", metavar="FILE", help="compare the labels of this file ...")
+    parser.add_argument("--against", metavar="FILE", help="... with the true labels of this one")
     parser.add_argument("--edges", choices=("value", "span"), default="value", help="what of a cause to look at (default value)")
     parser.add_argument("--skip-bad", action="store_true", help="skip and count bad lines instead of stopping")
-    args = parser.parse_args()
-    if (args.file is None) == (args.game is None):
-        parser.error("give a FILE to describe, or --game to generate one")
-    if args.out and not args.game:
-        parser.error("--out writes generated rows: give --game too")
+    args = parser.parse_args(argv)
+    uses = {"file": "edges skip_bad", "game": "rows ood seed out edges", "check": "against edges skip_bad",
+            "annotate": "demos assistant jobs time_limit out skip_bad"}
+    modes = [mode for mode in uses if getattr(args, mode) is not None]
+    if len(modes) != 1:
+        parser.error("give one of: a FILE to describe, --game to generate, --annotate to label, --check to compare")
+    mode = modes[0]
+    for name, value in vars(args).items():
+        flag, used = "--" + name.replace("_", "-"), name in uses[mode].split()
+        if value is None and used and mode != "game":
+            parser.error(f"--{mode} needs {flag}: give it too")
+        if value != parser.get_default(name) and not used and name != mode:
+            parser.error(f"{flag} does not go with {'FILE' if mode == 'file' else '--' + mode}: leave it out")
     try:
-        if args.game:
+        if mode == "annotate":
+            return annotate(args.annotate, args.demos, args.assistant, args.out, args.jobs, args.time_limit, args.skip_bad)
+        if mode == "check":
+            return print(compare(args.check, args.against, args.edges, args.skip_bad))
+        if mode == "game":
             examples = generate(GAMES[args.game], args.rows, args.ood, args.seed, args.edges)
             print(f"{args.game}: {len(examples)} rows, {'ood' if args.ood else 'iid'}, seed {args.seed}")
         else:
@@ -474,7 +685,9 @@ def main():
             save(args.out, "".join(dump(rows)).encode())
             print(f"wrote {args.out}")
     except (ValueError, OSError) as error:
-        parser.exit(2, f"data.py: {error}\n")
+        parser.exit(2, f"data.py: {error}{': check the path' if isinstance(error, OSError) else ''}\n")
+    except KeyboardInterrupt as error:
+        parser.exit(130, f"data.py: {str(error) or 'stopped'}\n")
 
 
 if __name__ == "__main__":
