@@ -20,6 +20,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 
 import numpy as np
 import tiktoken
@@ -684,6 +685,8 @@ def main(argv=None):
             rows = generate(GAMES[args.game], args.rows, args.ood, args.seed, "span")
             save(args.out, "".join(dump(rows)).encode())
             print(f"wrote {args.out}")
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         parser.exit(2, f"data.py: {error}{': check the path' if isinstance(error, OSError) else ''}\n")
     except KeyboardInterrupt as error:

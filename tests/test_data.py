@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from data import (END, GAMES, ROLES, STG, STG_H, Example, adjacency_of, build_tokenizer, describe, dump, encode, generate,
-                  link, occurrences, read, shuffle_numbers)
+                  link, main, occurrences, read, shuffle_numbers)
 
 RELEASED = os.environ.get("CAT_RELEASED_DATA")
 needs_released = pytest.mark.skipif(not RELEASED, reason="set CAT_RELEASED_DATA to the folder of the authors' released data")
@@ -340,3 +340,30 @@ def test_released_stg_edges_are_the_causal_numbers():
         text, numbers = example.input + example.target, parse_numbers(example.input)
         assert sorted(float(text[slice(*cause)]) for _, cause in example.edges) == \
             sorted(numbers[name] for name in ("Smoking", "Weight", "Exercise"))
+
+
+def test_random_flags_and_random_bytes_end_in_0_or_2(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rng, codes, good = random.Random(0), [], "".join(dump(generate(STG, 5, edges="span"))).encode()
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    flags = re.findall(r"^ +(--[a-z-]+)", capsys.readouterr().out, re.M)
+    values = ["0", "1", "-1", "9", "1e400", "nan", "", "x", "STG", "STG_H", "span", "noise", "rows", "out", ".", "é\x00", "cat", "false"]
+    for _ in range(200):
+        at = rng.randrange(len(good))
+        piece = rng.choice((b"", b"[", b'"', b"{", b"null", b"\\ud800", b"\r", b"\xff", b"9" * 400, b"\xef\xbb\xbf", b"NaN", b"\n\n"))
+        for name, content in ("noise", rng.choice((rng.randbytes(100), good[:at], good[:at] + piece + good[at + 1:]))), ("rows", good):
+            with open(name, "wb") as file:
+                file.write(content)
+        chosen = rng.choice((["noise"], ["rows"], ["--game", "STG", "--rows", "5"], ["--check", "noise", "--against", "rows"],
+                             ["--annotate", "rows", "--demos", "noise", "--assistant", "true", "--out", "out"], []))
+        for flag in rng.sample(flags, rng.randrange(3)):
+            chosen = chosen + ([flag] if rng.random() < 0.3 else [flag, rng.choice(values)])
+        try:
+            main(chosen)
+            codes.append(0)
+        except SystemExit as stop:
+            codes.append(stop.code)
+            error = capsys.readouterr().err.splitlines()
+            assert stop.code in (0, 2) and len(error) == (stop.code == 2), (chosen, error)
+    assert codes.count(0) > 20 and codes.count(2) > 20
