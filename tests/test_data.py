@@ -299,21 +299,19 @@ def test_written_and_read_back_gives_the_same_adjacency(tmp_path, game):
     assert "dropped" not in summary and "edges" in describe(again, tokenizer)
 
 
-def run_data(*args):
-    return subprocess.run([sys.executable, "data.py", *map(str, args)], capture_output=True, text=True,
-                          cwd=Path(__file__).parent.parent)
-
-
-def test_command_line(tmp_path):
+def test_command_line(tmp_path, capsys):
     out = tmp_path / "game.jsonl"
-    assert run_data("--game", "STG", "--rows", 20, "--ood", "--out", out).returncode == 0
-    shown = run_data(out)
+    main(["--game", "STG", "--rows", "20", "--ood", "--out", str(out)])
+    capsys.readouterr()
+    shown = subprocess.run([sys.executable, Path(__file__).parent.parent / "data.py", out], capture_output=True, text=True)
     assert shown.returncode == 0 and "20 rows, 20 supervised" in shown.stdout and "predicts ' Risk'  <-  '" in shown.stdout
     for args, part in [((), "FILE"), ((tmp_path / "none.jsonl",), "none.jsonl"), (("--game", "STG", "--rows", 0), "rows is 0"),
                        ((write(tmp_path, "{"),), "rows.jsonl:1: "), ((out, "--out", tmp_path / "x"), "--out"),
                        (("--game", "STG", "--rows", 5, "--out", tmp_path / "no" / "x"), "no")]:
-        failed = run_data(*args)
-        assert failed.returncode == 2 and part in failed.stderr and failed.stderr.count("\n") == 1
+        with pytest.raises(SystemExit) as stop:
+            main([str(arg) for arg in args])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and part in error and error.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["game.jsonl", "rows.jsonl"]
 
 
