@@ -125,6 +125,13 @@ def test_the_text_goes_to_standard_input_only_and_no_shell_sees_it(run):
     assert rows_of("out.jsonl") == [row("saves", GOOD, text)]
 
 
+def test_bad_lines_are_skipped_on_demand(run):
+    for name, mode in (("questions.jsonl", "plain"), ("demos.jsonl", "demo")):
+        Path(name).write_text("{\n" + json.dumps(row(mode, GOOD)) + "\n")
+    code, out, _ = run(*LABEL, "--skip-bad")
+    assert code == 0 and out.count("skipped 1 bad") == 2 and rows_of("out.jsonl") == [row("plain", GOOD)]
+
+
 def test_a_cut_and_shuffled_output_is_continued_to_the_same_file(run):
     modes = ["a", "twin", "b", "silent", "twin", "c"]
     write("questions.jsonl", map(row, modes))
@@ -251,5 +258,6 @@ def test_check_gives_the_scores_of_each_row_and_of_all_edges(run):
         "worst: labelled.jsonl:2: precision 0.000, recall 0.000, F1 0.000",
         f"worst: labelled.jsonl:1: precision 0.500, recall 1.000, F1 {2 / 3:.3f}",
         f"worst: labelled.jsonl:3: precision 1.000, recall {2 / 3:.3f}, F1 0.800"]
+    assert "worst" not in run("--check", "truth.jsonl", "--against", "truth.jsonl")[1]
     out = run("--check", "labelled.jsonl", "--against", "truth.jsonl", "--edges", "span")[1]
     assert "all edges: precision 0.000, recall 0.000, F1 0.000 (6 labelled, 7 true, 0 both)" in out
