@@ -452,10 +452,11 @@ def save(path, content):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path) from None
+    finally:
         if os.path.exists(temporary):
             os.remove(temporary)
-        raise
 
 
 INSTRUCTION = """Each line below is a text as JSON: an input and the target that follows it. "important" says which phrases

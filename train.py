@@ -578,7 +578,9 @@ def main(argv=None):
                 print_majority(data)
     except KeyboardInterrupt as interrupt:
         fail(f"interrupted{interrupt}", 130)
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        fail(f"{error}: check the path and the free space", 2)
+    except ValueError as error:
         fail(error, 2)
     except (MemoryError, RuntimeError) as error:
         if "memory" not in str(error).lower() and type(error) is not MemoryError:

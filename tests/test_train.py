@@ -288,7 +288,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tiny, capsys, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(SystemExit) as stop:
         tiny("--cat", "--rows", 32, "--epochs", 2)
-    assert stop.value.code == 2 and "No space left" in capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and "No space left on device: 'out/cat-1.pt': check" in capsys.readouterr().err.splitlines()[-1]
     assert open("out/cat-1.pt", "rb").read() == before and not os.path.exists("out/cat-1.pt.tmp")
 
 
