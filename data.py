@@ -245,6 +245,33 @@ def shuffle_numbers(examples, seed):
     return shuffled
 
 
+def reorder(example, rng):
+    """The same row with its "Name: number" items in another order: what decides the answer is in the numbers, not in where they
+    stand. Edges and roles move along; a row with any that starts or ends between two items stays as it is."""
+    items = list(re.finditer(rf"[A-Z][^,;:.]*: {NUMBER}[\w%]*", example.input))
+    text, at, moved = "", 0, []
+    for place, item in zip(items, rng.sample(items, len(items))):
+        text += example.input[at:place.start()]
+        moved.append((item.span(), len(text) - item.start()))
+        text += item.group()
+        at = place.end()
+
+    def move(span):
+        for (start, end), by in moved:
+            if start <= span[0] and span[1] <= end:
+                return span[0] + by, span[1] + by
+        if items and items[0].start() < span[1] and span[0] < items[-1].end():
+            raise ValueError(f"{span} is not within an item")
+        return span
+
+    try:
+        edges = tuple((move(effect), move(cause)) for effect, cause in example.edges)
+        roles = tuple((role, move(span)) for role, span in example.roles)
+    except ValueError:
+        return example
+    return Example(text + example.input[at:], example.target, edges, roles, example.source)
+
+
 def parse(line):
     """One JSON line to (input, target, important). ValueError says what is wrong and what to do."""
     try:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from cat import FORMS, attention_ratio, average_attention, gamma_at, re_attention_loss
-from data import END, GAMES, ROLES, adjacency_of, build_tokenizer, encode, generate, read, save, shuffle_numbers, tokenizer_from
+from data import END, GAMES, ROLES, adjacency_of, build_tokenizer, encode, generate, read, reorder, save, shuffle_numbers, tokenizer_from
 from model import GPT, GPTConfig
 
 TEST_ROWS = 1000  # in each of the generated test sets and the validation set
@@ -73,6 +73,7 @@ def parse_args(argv=None):
     add("--ood", "test file in which the spurious correlations are broken", metavar="FILE")
     add("--val", "test on this share of --train, held out: as it is, and as ood with its other numbers shuffled", metavar="SHARE",
         type=number(float, 0, 0.9, above=True))
+    add("--orders", 'train on each row in this many random orders of its "Name: number" items', type=number(int, 1, 1000), default=1)
     add("--skip-bad", "skip and count bad lines of these files instead of stopping", action="store_true")
     add("--edges", "what of a cause is causal, its number (8) or the whole span (Smoking: 8)", choices=("value", "span"),
         default="value")
@@ -134,6 +135,12 @@ def read_once(path, edges, skip_bad):
 
 def load_examples(args, seed):
     """{"train", "val", "iid", "ood"}: lists of Example, generated or read; a file has no val."""
+    splits, rng = load_splits(args, seed), random.Random(seed)
+    more = [reorder(example, rng) for _ in range(args.orders - 1) for example in splits["train"]]
+    return {**splits, "train": splits["train"] + more}
+
+
+def load_splits(args, seed):
     if args.train:
         names = ("train",) if args.val else ("train", "iid", "ood")
         splits = {name: read_once(getattr(args, name), args.edges, args.skip_bad) for name in names}
@@ -315,7 +322,7 @@ def load_checkpoint(path, device):
         try:
             checkpoint = torch.load(file, map_location=device, weights_only=True)  # tensors and plain values, never code
             pieces = [piece.encode("latin-1") for piece in checkpoint["tokenizer"]]
-            args = argparse.Namespace(**{**checkpoint["args"], "device": device})
+            args = argparse.Namespace(**{**vars(parse_args([])), **checkpoint["args"], "device": device})
             model = GPT(GPTConfig(**checkpoint["config"])).to(device)
             model.load_state_dict(checkpoint["model"])
             tokenizer = tokenizer_from(pieces, 1 if args.tokenizer == "digits" else 3)

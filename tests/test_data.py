@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from data import (END, GAMES, ROLES, STG, STG_H, Example, adjacency_of, build_tokenizer, describe, dump, encode, generate,
-                  link, main, occurrences, read, shuffle_numbers)
+                  link, main, occurrences, read, reorder, shuffle_numbers)
 
 RELEASED = os.environ.get("CAT_RELEASED_DATA")
 needs_released = pytest.mark.skipif(not RELEASED, reason="set CAT_RELEASED_DATA to the folder of the authors' released data")
@@ -313,6 +313,25 @@ def test_command_line(tmp_path, capsys):
         error = capsys.readouterr().err
         assert stop.value.code == 2 and part in error and error.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["game.jsonl", "rows.jsonl"]
+
+
+@pytest.mark.parametrize("game", [STG, STG_H])
+@pytest.mark.parametrize("edges", ["value", "span"])
+def test_reorder_keeps_every_item_answer_and_edge(game, edges):
+    rng, orders = random.Random(0), set()
+    items = lambda text: sorted(re.split(r", |; |\. ", text.removeprefix(game.question.split("{")[0]).removesuffix(game.question.split("}")[1])))
+    for example in generate(game, 30, seed=1, edges=edges):
+        changed = reorder(example, rng)
+        assert items(changed.input) == items(example.input) and changed.target == example.target
+        for before, after in ((example.edges, changed.edges), (example.roles, changed.roles)):
+            spans = [[(a if isinstance(a, str) else example.target, text[slice(*b)]) for a, b in pairs]
+                     for text, pairs in ((example.input + example.target, before), (changed.input + changed.target, after))]
+            assert spans[0] == spans[1]
+        assert all((changed.input + changed.target)[slice(*effect)] == example.target for effect, _ in changed.edges)
+        orders.add(tuple(changed.input.index(f.name) < changed.input.index(g.name) for f in game.causal for g in game.causal))
+    assert len(orders) > 5
+    between = Example("A: 1, B: 2 ", "x", edges=(((11, 12), (0, 5)),))
+    assert reorder(between, rng) == between and reorder(Example("No item", "x"), rng) == Example("No item", "x")
 
 
 @needs_released
