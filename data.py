@@ -1,6 +1,7 @@
 """Data: the rule-based Spurious Token Game (STG), the tokenizer, phrases to token adjacency, batches, labels by an assistant."""
 import argparse
 import bisect
+import errno
 import json
 import math
 import os
@@ -229,7 +230,7 @@ def link(input, target, important, edges="value"):
 
 
 def shuffle_numbers(examples, seed):
-    """OOD rows made from labelled ones: in each input, the numbers that are no cause change places with each other, so
+    """OOD rows made from labelled ones, each with an edge: in each input, the numbers that are no cause change places with each other, so
     that what went along with a cause no longer does, while the answer stays true. Edges are left out."""
     rng, shuffled = random.Random(seed), []
     for example in examples:
@@ -245,31 +246,30 @@ def shuffle_numbers(examples, seed):
     return shuffled
 
 
+ITEM = rf"[A-Z][^,;:.]*: {NUMBER}[\w%]*(?=[,;.]?(?:\s|$))"
+
+
 def reorder(example, rng):
-    """The same row with its "Name: number" items in another order: what decides the answer is in the numbers, not in where they
-    stand. Edges and roles move along; a row with any that starts or ends between two items stays as it is."""
-    items = list(re.finditer(rf"[A-Z][^,;:.]*: {NUMBER}[\w%]*", example.input))
-    text, at, moved = "", 0, []
-    for place, item in zip(items, rng.sample(items, len(items))):
-        text += example.input[at:place.start()]
-        moved.append((item.span(), len(text) - item.start()))
-        text += item.group()
-        at = place.end()
+    """The same row with its "Name: number" items in another order; edges and roles move along. It stays as it is when that
+    would tear a span apart or put an effect before its cause, or when other words stand between two items."""
+    items, text = list(re.finditer(ITEM, example.input)), example.input + example.target
+    order, at = [], 0  # for each place, the place in `text` that its character comes from
+    for old, new in zip(items, rng.sample(items, len(items))):
+        order += [*range(at, old.start()), *range(*new.span())]
+        at = old.end()
+    order += range(at, len(text))
+    place = [new for _, new in sorted(zip(order, range(len(order))))]  # where each character of `text` goes
 
     def move(span):
-        for (start, end), by in moved:
-            if start <= span[0] and span[1] <= end:
-                return span[0] + by, span[1] + by
-        if items and items[0].start() < span[1] and span[0] < items[-1].end():
-            raise ValueError(f"{span} is not within an item")
-        return span
+        start, end = place[span[0]], place[span[1] - 1] + 1
+        return (start, end) if place[slice(*span)] == list(range(start, end)) else None
 
-    try:
-        edges = tuple((move(effect), move(cause)) for effect, cause in example.edges)
-        roles = tuple((role, move(span)) for role, span in example.roles)
-    except ValueError:
+    edges = tuple((move(effect), move(cause)) for effect, cause in example.edges)
+    roles = tuple((role, move(span)) for role, span in example.roles)
+    torn = any(None in edge or edge[1][1] > edge[0][0] for edge in edges) or any(span is None for _, span in roles)
+    if torn or any(re.search(r"\w", example.input[a.end():b.start()]) for a, b in zip(items, items[1:])):
         return example
-    return Example(text + example.input[at:], example.target, edges, roles, example.source)
+    return Example("".join(text[i] for i in order)[:len(example.input)], example.target, edges, roles, example.source)
 
 
 def parse(line):
@@ -399,8 +399,8 @@ def encode(examples, tokenizer, block_size, device="cpu", skip_bad=False):
 
         links = set()
         for effect, cause in example.edges:
-            effect = tokens_of(effect)
-            links.update((t - 1, key) for t in effect for key in tokens_of(cause) if t > 0 and key < effect[0])
+            effect, keys = tokens_of(effect), tokens_of(cause)
+            links.update((t - 1, key) for t in effect for key in keys if t > 0 and key < effect[0])
         for link in sorted(links):
             edges.extend(link)
         role = [0] * len(tokens)
@@ -448,13 +448,13 @@ def describe(examples, tokenizer):
              f"tokens: {lengths[0]} to {lengths[-1]}, median {lengths[len(lengths) // 2]}, {tokenizer.n_vocab} in the vocabulary",
              f"edges: {len(data.edges)} in {len(linked)} of {len(examples)} rows"]
     if len(linked):
-        n = linked[0]
+        n, looks = int(linked[0]), {}
+        for query, key in data.edges[slice(*data.first_edge[n:n + 2].tolist())].tolist():
+            looks.setdefault(query, []).append(key)
         token = [repr(tokenizer.decode([t])) for t in data.idx[n].tolist()]
         lines += [examples[n].input + examples[n].target, "each query, the token it predicts, the keys it should look at:"]
-        for query, keys in enumerate(adjacency_of(data, linked[:1])[0]):
-            if keys.any():
-                shown = "  ".join(f"{token[key]} at {key}" for key in keys.nonzero()[:, 0].tolist())
-                lines.append(f"  {token[query]} at {query} predicts {token[query + 1]}  <-  {shown}")
+        lines += [f"  {token[query]} at {query} predicts {token[query + 1]}  <-  " + "  ".join(f"{token[key]} at {key}" for key in keys)
+                  for query, keys in looks.items()]
     return "\n".join(lines)
 
 
@@ -471,9 +471,12 @@ def dump(examples):
 
 
 def save(path, content):
-    """Writes the bytes to a temporary file, then renames it to path: there the old file or the new one is whole, at any moment."""
+    """Writes the bytes to path + ".tmp", then renames that to path: there the old file or the new one is whole, at any moment.
+    OSError, with the path, when it can't be written or is something else than a file."""
     temporary = f"{path}.tmp"
     try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise OSError(errno.EINVAL, "Not a regular file")
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
@@ -655,7 +658,8 @@ def compare(labelled, truth, edges="value", skip_bad=False):
             counts[row.source] = len(found & true), len(found), len(true)
     if not counts:
         raise ValueError(f"{labelled}: no row is in {truth} too, with its input and target: compare files of the same questions")
-    n, by_row, (both, found, true) = len(counts), {row: scores(*counts[row]) for row in counts}, map(sum, zip(*counts.values()))
+    n, by_row = len(counts), {row: scores(*counts[row]) for row in counts}
+    both, found, true = map(sum, zip(*counts.values()))
     shown = "precision {:.3f}, recall {:.3f}, F1 {:.3f}".format
     worst = sorted((row for row in by_row if by_row[row][2] < 1), key=lambda row: by_row[row][2])[:3]
     return "\n".join([summary, true_summary,
@@ -699,20 +703,22 @@ def main(argv=None):
             parser.error(f"{flag} does not go with {'FILE' if mode == 'file' else '--' + mode}: leave it out")
     try:
         if mode == "annotate":
-            return annotate(args.annotate, args.demos, args.assistant, args.out, args.jobs, args.time_limit, args.skip_bad)
-        if mode == "check":
-            return print(compare(args.check, args.against, args.edges, args.skip_bad))
-        if mode == "game":
-            examples = generate(GAMES[args.game], args.rows, args.ood, args.seed, args.edges)
-            print(f"{args.game}: {len(examples)} rows, {'ood' if args.ood else 'iid'}, seed {args.seed}")
+            annotate(args.annotate, args.demos, args.assistant, args.out, args.jobs, args.time_limit, args.skip_bad)
+        elif mode == "check":
+            print(compare(args.check, args.against, args.edges, args.skip_bad))
         else:
-            examples, summary = read(args.file, args.edges, args.skip_bad)
-            print(summary)
-        print(describe(examples, build_tokenizer(e.input + e.target for e in examples)))
-        if args.out:
+            if mode == "game":
+                examples = generate(GAMES[args.game], args.rows, args.ood, args.seed, args.edges)
+                print(f"{args.game}: {len(examples)} rows, {'ood' if args.ood else 'iid'}, seed {args.seed}")
+            else:
+                examples, summary = read(args.file, args.edges, args.skip_bad)
+                print(summary)
+            print(describe(examples, build_tokenizer(e.input + e.target for e in examples)))
+        if mode == "game" and args.out:
             rows = generate(GAMES[args.game], args.rows, args.ood, args.seed, "span")
             save(args.out, "".join(dump(rows)).encode())
             print(f"wrote {args.out}")
+        sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:

@@ -1,5 +1,6 @@
 """Train the same small GPT without and with Causal Attention Tuning (CAT), and print how both do in and out of distribution."""
 import argparse
+import contextlib
 import dataclasses
 import functools
 import html
@@ -50,7 +51,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__,
                                      formatter_class=lambda prog: argparse.HelpFormatter(prog, width=150, max_help_position=32))
     parser.error = lambda message: parser.exit(2, f"train.py: {message}\n")  # one line, without the usage
-    positive, fraction = number(int, 1), number(float, 0)
+    positive, at_least_0 = number(int, 1, 10 ** 9), number(float, 0)
 
     def add(flag, help, **options):
         if "choices" in options:
@@ -82,20 +83,20 @@ def parse_args(argv=None):
     add("--epochs", f"passes over the training rows (default: as many as make {STEPS} steps)", type=positive)
     add("--batch-size", "rows in a step", type=positive, default=16)
     add("--lr", "highest learning rate of AdamW: warm-up, then cosine to 0", type=number(float, 0, above=True), default=4e-3)
-    add("--weight-decay", "of AdamW, on matrices only", type=fraction, default=0.1)
+    add("--weight-decay", "of AdamW, on matrices only", type=at_least_0, default=0.1)
     add("--loss", "tokens with next-token loss", choices=("all", "answer"), default="all")
     add("--form", "form of the Re-Attention loss, hinge is the paper's", choices=FORMS, default="log")
     add("--alpha", "ratio of causal to other attention to reach", type=number(float, 0, above=True), default=3000.0)
-    add("--gamma", "weight of the Re-Attention loss at the start", type=fraction, default=0.1)
-    add("--decay", "gamma falls by exp(-decay) each epoch", type=fraction, default=0.1)
+    add("--gamma", "weight of the Re-Attention loss at the start", type=at_least_0, default=0.1)
+    add("--decay", "gamma falls by exp(-decay) each epoch", type=at_least_0, default=0.1)
     add("--layers", "layers whose attention is supervised: last, all, or numbers from 0 such as 0,1", default="last")
     add("--n-layer", "layers of the model", type=number(int, 1, 64), default=2)
     add("--n-head", "attention heads in a layer", type=number(int, 1, 64), default=4)
     add("--n-embd", "width of the model", type=number(int, 1, 4096), default=64)
     add("--init-std", "standard deviation of all weight matrices at the start, 0.02 as in GPT-2, 0 takes 1 / sqrt(fan_in)",
-        type=fraction, default=0.0)
+        type=at_least_0, default=0.0)
     add("--block-size", "longest row, in tokens", type=number(int, 1, 8192), default=256)
-    add("--seed", "of data, weights and order; several give mean and spread", type=number(int, 0), nargs="+", default=[1])
+    add("--seed", "of data, weights and order; several give mean and spread", type=number(int, 0, 2 ** 63 - 1), nargs="+", default=[1])
     add("--device", "auto is the first of cuda, mps, cpu", choices=("auto", "cuda", "mps", "cpu"), default="auto")
     add("--threads", "CPU threads (default: torch's choice)", type=number(int, 1, 1024))
     add("--out", "folder for metrics.jsonl and checkpoints", default="out")
@@ -104,9 +105,10 @@ def parse_args(argv=None):
     add("--ask", "answer a question with the --eval checkpoint, and show where it looks", metavar="TEXT")
     add("--bench", "time training steps without and with CAT, and train nothing", action="store_true")
     args = parser.parse_args(argv)
-    layers = {"last": [args.n_layer - 1], "all": range(args.n_layer)}.get(args.layers, args.layers.split(","))
-    if not all(str(layer).isdecimal() and int(layer) < args.n_layer for layer in layers):
-        parser.error(f"--layers is {args.layers!r}: give last, all, or numbers from 0 to {args.n_layer - 1} such as 0,1")
+    names = [str(layer) for layer in range(args.n_layer)]
+    layers = {"last": names[-1:], "all": names}.get(args.layers, args.layers.split(","))
+    if not set(layers) <= set(names):
+        parser.error(f"--layers is {args.layers[:40]!r}: give last, all, or numbers from 0 to {names[-1]} such as 0,1")
     args.supervised = [int(layer) for layer in layers]
     tests = [args.iid, args.ood, args.val]
     if args.train and tests.count(None) != (2 if args.val else 1) or not args.train and any(tests):
@@ -141,13 +143,17 @@ def load_examples(args, seed):
 
 
 def load_splits(args, seed):
+    """`load_examples` with every training row once. ValueError when --val leaves no training row, or no labelled test row."""
     if args.train:
         names = ("train",) if args.val else ("train", "iid", "ood")
         splits = {name: read_once(getattr(args, name), args.edges, args.skip_bad) for name in names}
         if args.val:
             rows = random.Random(seed).sample(splits["train"], len(splits["train"]))
             held = max(1, round(args.val * len(rows)))
-            splits = {"train": rows[held:], "iid": rows[:held], "ood": shuffle_numbers(rows[:held], seed)}
+            labelled = [row for row in rows[:held] if row.edges]  # of others nobody knows which numbers may be shuffled
+            if held == len(rows) or not labelled:
+                raise ValueError(f"{args.train}: too few labelled rows for --val {args.val}: add some, or give --iid and --ood")
+            splits = {"train": rows[held:], "iid": rows[:held], "ood": shuffle_numbers(labelled, seed)}
         return splits
     game = GAMES[args.game]
     rows = generate(game, args.rows + 2 * TEST_ROWS, False, seed, args.edges)
@@ -170,12 +176,12 @@ def load_tokenizer(args, examples):
 def evaluate(model, data, args, limit=None):
     """Of the first `limit` rows of a Dataset, by name: "accuracy" of whole greedy answers; "shares", the attention that
     the query predicting the answer pays each of ROLES, in the supervised and in all layers, None when no role is known;
-    "ratio", mean causal over mean other attention of the supervised rows, None when there are none; "answers", for each
+    "ratio", mean causal over mean other attention of the supervised rows, None when there are none or it is infinite; "answers", for each
     row the tokens predicted for the answer, each given the right ones before it, and the right ones; "looks", (N, T), the
     attention of the query predicting the answer, in the supervised layers."""
     hits, shares, causal, other, answers, looks = [], [], [], [], [], []
     N, T = data.idx.shape
-    for rows in torch.arange(N, device=data.idx.device)[:limit].split(max(1, 2 ** 21 // T ** 2)):  # so that the maps stay small
+    for rows in torch.arange(N, device=data.idx.device)[:limit].split(max(1, 2 ** 21 // T ** 2)):  # about 2M numbers a map
         logits, attentions = model(data.idx[rows])
         # every answer token right given the right ones before it: what greedy decoding of the answer would give
         answer, predicted = data.answer[rows], logits.argmax(dim=-1)
@@ -222,7 +228,7 @@ def make_model(args, vocab_size, seed):
 
 
 def step(model, optimizer, data, rows, args, gamma, lr, cat):
-    """One update of the weights on L = L_next + gamma * L_attn. Returns L_next and L_attn as floats; when L is not finite,
+    """One update of the weights on L = L_next + gamma * L_attn. Returns L_next, L_attn and L as floats; when L is not finite,
     the weights stay as they were."""
     l_next, l_attn = losses(model, data, rows, args, cat)
     loss = l_next + gamma * l_attn
@@ -233,12 +239,28 @@ def step(model, optimizer, data, rows, args, gamma, lr, cat):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-    return l_next.item(), l_attn.item()
+    return l_next.item(), l_attn.item(), loss.item()
 
 
-def train(args, seed, run, data, tokenizer, metrics):
-    """One run, "CAT" or "no CAT", or what is left of it with --resume: writes a line an epoch to the file `metrics`, and a
-    checkpoint every SAVE_EVERY steps, at the end and at Ctrl-C. Returns its result row.
+@contextlib.contextmanager
+def first_ctrl_c():
+    """Yields a list that the first Ctrl-C fills instead of stopping; a second one stops at once."""
+    pressed = []
+
+    def press(*_):
+        pressed.append(True)
+        signal.signal(signal.SIGINT, default)
+
+    default = signal.signal(signal.SIGINT, press)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, default)
+
+
+def train(args, seed, run, data, tokenizer, lines):
+    """One run, "CAT" or "no CAT", or what is left of it with --resume: adds a line an epoch to `lines` and writes them all to
+    metrics.jsonl; writes a checkpoint every SAVE_EVERY steps, at the end and at Ctrl-C. Returns its result row.
     ValueError when the loss is not finite, or when the checkpoint to go on from was made with other flags or data."""
     path = os.path.join(args.out, f"{run.lower().replace(' ', '-')}-{seed}.pt")
     model, optimizer = make_model(args, tokenizer.n_vocab, seed)
@@ -256,23 +278,17 @@ def train(args, seed, run, data, tokenizer, metrics):
         done, loss, attn_loss, last, rng, optimizer_state = checkpoint["progress"]
         optimizer.load_state_dict(optimizer_state)
         torch.set_rng_state(rng)
-        metrics.writelines(checkpoint["lines"])
-    interrupted = []
-
-    def finish_step(*_):
-        interrupted.append(True)
-        signal.signal(signal.SIGINT, default)  # a second Ctrl-C stops at once
-
-    default = signal.signal(signal.SIGINT, finish_step)
-    with tqdm(total=steps, initial=done, desc=f"seed {seed}, {run:>6}", disable=None) as bar:
+        lines += checkpoint["lines"]
+    log = os.path.join(args.out, "metrics.jsonl")
+    save(log, "".join(lines).encode())
+    with first_ctrl_c() as interrupted, tqdm(total=steps, initial=done, desc=f"seed {seed}, {run:>6}", disable=None) as bar:
         while done < steps:
             epoch = done // steps_per_epoch
             gamma, rng = gamma_at(epoch, args.gamma, args.decay), torch.get_rng_state()
             for rows in torch.randperm(n).split(args.batch_size)[done % steps_per_epoch:]:
                 warm_up, cosine = (done + 1) / max(1, steps // 20), 0.5 * (1 + math.cos(math.pi * done / steps))
-                l_next, l_attn = step(model, optimizer, data["train"], rows.to(args.device), args, gamma,
-                                      args.lr * min(warm_up, cosine), run == "CAT")
-                total = l_next + gamma * l_attn
+                l_next, l_attn, total = step(model, optimizer, data["train"], rows.to(args.device), args, gamma,
+                                             args.lr * min(warm_up, cosine), run == "CAT")
                 if not math.isfinite(total):
                     raise ValueError(f"loss is {total} at step {done} ({run}), last finite {', '.join(last) or 'none'}: "
                                      f"lower --lr {args.lr}" + (f" or --gamma {args.gamma}" if run == "CAT" else ""))
@@ -289,18 +305,17 @@ def train(args, seed, run, data, tokenizer, metrics):
                     line = {"run": run, "seed": seed, "epoch": epoch + 1, "threads": torch.get_num_threads(), "loss": loss,
                             "attn_loss": attn_loss, "ratio": ratio, **accuracy}
                     checkpoint["lines"].append(json.dumps(line) + "\n")
-                    metrics.write(checkpoint["lines"][-1])
-                    metrics.flush()
+                    lines.append(checkpoint["lines"][-1])
+                    save(log, "".join(lines).encode())
                     bar.set_postfix_str(f"loss {loss:.3f}, attention loss {attn_loss:.3f}, ratio {ratio or 0:.3g}")
                     rng, loss, attn_loss = torch.get_rng_state(), 0.0, 0.0
                 if interrupted or done % SAVE_EVERY == 0 or done == steps:
-                    progress = [done, loss, attn_loss, last, rng, optimizer.state_dict()]
-                    file = io.BytesIO()
+                    file, progress = io.BytesIO(), [done, loss, attn_loss, last, rng, optimizer.state_dict()]
                     torch.save({**checkpoint, "model": model.state_dict(), "progress": progress}, file)
                     save(path, file.getvalue())
                 if interrupted:
-                    raise KeyboardInterrupt(f" at step {done} of {steps} ({run}, seed {seed}): the same command with --resume goes on")
-    signal.signal(signal.SIGINT, default)
+                    raise KeyboardInterrupt(f" at step {done} of {steps} ({run}, seed {seed}): "
+                                            "the same command with --resume goes on")
     return {**result_row(model, tokenizer, data, args, seed, run), "lines": [json.loads(line) for line in checkpoint["lines"]]}
 
 
@@ -333,11 +348,12 @@ def load_checkpoint(path, device):
 
 
 def mean_error(answers, tokenizer):
-    """Mean absolute error of evaluate's "answers"; None when one is not a number."""
-    end = tokenizer.encode_single_token(END)
-    numbers = ([tokenizer.decode(tokens[:tokens.index(end)] if end in tokens else tokens) for tokens in pair] for pair in answers)
+    """Mean absolute error of evaluate's "answers"; None unless all are numbers of one token: what is predicted for a second
+    token follows the right first one, not the predicted one."""
+    if any(len(right) != 2 for _, right in answers):  # the second token is END
+        return None
     try:
-        return statistics.mean(abs(float(guess) - float(right)) for guess, right in numbers)
+        return statistics.mean(abs(float(tokenizer.decode(guess[:1])) - float(tokenizer.decode(right[:1]))) for guess, right in answers)
     except ValueError:
         return None
 
@@ -362,13 +378,14 @@ def print_row(row):
         print(f"{'  mean absolute error':20} {row['errors'][0]:5.2f}  {row['errors'][1]:6.2f}")
 
 
+def majority(data):
+    """Accuracy of always giving the most frequent answer of a Dataset: what every accuracy is to be held against."""
+    answers = Counter(tuple(row[keep].tolist()) for row, keep in zip(data.targets, data.answer))
+    return answers.most_common(1)[0][1] / len(data.idx)
+
+
 def print_majority(data):
-    """Accuracy of always giving the most frequent answer of a test set: what every accuracy is to be held against.
-    Returns the one on the OOD set."""
-    answers = ([tuple(row[keep].tolist()) for row, keep in zip(data[name].targets, data[name].answer)] for name in ("iid", "ood"))
-    iid, ood = (Counter(rows).most_common(1)[0][1] / len(rows) for rows in answers)
-    print(f"{'majority class':20}{iid:6.3f}  {ood:6.3f}")
-    return ood
+    print(f"{'majority class':20}{majority(data['iid']):6.3f}  {majority(data['ood']):6.3f}")
 
 
 def print_summary(rows):
@@ -403,7 +420,7 @@ def attention_svg(rows, data, tokenizer):
     wrong = [[guess != right for guess, right in row["answers"]] for row in rows]
     n = next((i for i in range(len(data.idx)) if wrong[0][i] and not wrong[-1][i]), 0)
     answers = [[tokenizer.decode(answer).removesuffix(END) for answer in row["answers"][n]] for row in rows]
-    title = f"OOD row {n + 1}, {answers[0][1]}" + (": the first that only the run with CAT gets right" if wrong[0][n] > wrong[-1][n] else "")
+    title = f"OOD row {n + 1}, {answers[0][1][:20]}" + (": the first that only the run with CAT gets right" if wrong[0][n] > wrong[-1][n] else "")
     tokens = data.idx[n].tolist()[:data.answer[n].int().argmax() + 1]
     roles = [ROLES[role] for role in data.role[n].tolist()]
     parts = [svg_text(20, 28, title, 'font-weight="bold"'), svg_text(20, 50, "shade: attention paid by the answer")]
@@ -413,7 +430,7 @@ def attention_svg(rows, data, tokenizer):
     for row, (guess, right) in zip(rows, answers):
         top = y = y + 40
         parts += [svg_text(20, y, "with CAT" if row["run"] == "CAT" else "without CAT", 'font-weight="bold"'),
-                  svg_text(590, y, f"{guess}: {'right' if guess == right else 'wrong'}", 'font-weight="bold"')]
+                  svg_text(590, y, f"{guess[:20]}: {'right' if guess == right else 'wrong'}", 'font-weight="bold"')]
         looks = row["looks"][n].tolist()
         for i, name in enumerate((*ROLES[1:], ROLES[0]) if data.role.any() else ()):
             share = sum(look for look, role in zip(looks, roles) if role == name)
@@ -460,8 +477,8 @@ def curves_svg(rows, majority):
             parts.append(f'<circle cx="{across(epochs)}" cy="{up(end):.1f}" r="3.5" fill="{color}"/>')
             ends.append((end, f"{'with' if run == 'CAT' else 'without'} CAT, {name.upper()} {end:.2f}", color))
     y = 1000
-    for accuracy, label, color in sorted(ends):
-        y = min(up(accuracy) + 4, y - 17)  # labels side by side with their lines, but never one over another
+    for above, (accuracy, label, color) in zip(range(len(ends))[::-1], sorted(ends)):
+        y = max(min(up(accuracy) + 4, y - 17), 20 + 17 * above)  # beside its line, never on another, with room for those above
         parts.append(svg_text(602, y, label, f'fill="{color}"'))
     return svg(400, parts)
 
@@ -477,7 +494,8 @@ def encode_all(args, splits, tokenizer):
 
 def run_all(args):
     """All seeds, without and with CAT, the table and the pictures."""
-    table = []
+    read_once.cache_clear()
+    table, lines, majorities = [], [], []
     for seed in args.seed:
         splits = load_examples(args, seed)
         if "CAT" in args.runs and not any(example.edges for example in splits["train"]):
@@ -485,18 +503,18 @@ def run_all(args):
         tokenizer = load_tokenizer(args, splits["train"])
         data = encode_all(args, splits, tokenizer)
         os.makedirs(args.out, exist_ok=True)
-        with open(os.path.join(args.out, "metrics.jsonl"), "a" if table else "w") as metrics:
-            rows = [train(args, seed, run, data, tokenizer, metrics) for run in args.runs]
+        rows = [train(args, seed, run, data, tokenizer, lines) for run in args.runs]
         if not table:
             pictures = {"attention.svg": attention_svg(rows, data["ood"], tokenizer)}
             print_header(args)
         for row in rows:
             print_row(row)
-        majority = print_majority(data)
+        print_majority(data)
+        majorities.append(majority(data["ood"]))
         table += rows
     if len(args.seed) > 1:
         print_summary(table)
-    pictures["curves.svg"] = curves_svg(table, majority)
+    pictures["curves.svg"] = curves_svg(table, statistics.mean(majorities))
     for name, picture in pictures.items():
         save(os.path.join(args.out, name), picture.encode())
         print(f"wrote {os.path.join(args.out, name)}")
@@ -578,13 +596,16 @@ def main(argv=None):
                 ask(model, tokenizer, saved, args.ask)
             else:
                 run, seed = checkpoint["run"], checkpoint["seed"]
-                splits = load_examples(saved, seed)
+                read_once.cache_clear()
+                splits = load_splits(saved, seed)
                 data = encode_all(saved, {name: splits[name] for name in ("iid", "ood")}, tokenizer)
                 print_header(saved)
                 print_row(result_row(model, tokenizer, data, saved, seed, run))
                 print_majority(data)
     except KeyboardInterrupt as interrupt:
         fail(f"interrupted{interrupt}", 130)
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         fail(f"{error}: check the path and the free space", 2)
     except ValueError as error:

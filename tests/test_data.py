@@ -1,5 +1,4 @@
 """The game, the tokenizer, the shift by one, phrases to edges, and reading: against independent parses and hand-made files."""
-import json
 import math
 import os
 import random
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data import (END, GAMES, ROLES, STG, STG_H, Example, adjacency_of, build_tokenizer, describe, dump, encode, generate,
+from data import (END, GAMES, ROLES, STG, STG_H, Example, Game, adjacency_of, build_tokenizer, describe, dump, encode, generate,
                   link, main, occurrences, read, reorder, shuffle_numbers)
 
 RELEASED = os.environ.get("CAT_RELEASED_DATA")
@@ -79,7 +78,7 @@ def test_excluded_rows_do_not_come_up_again():
 
 
 def test_too_many_rows_is_an_error():
-    tiny = GAMES["STG"].__class__("tiny", (), (), STG.irrelevant, "{features} Answer: ", ((-math.inf, "yes"),))
+    tiny = Game("tiny", (), (), STG.irrelevant, "{features} Answer: ", ((-math.inf, "yes"),))
     assert len(generate(tiny, 100)) == 100
     for rows, part in ((101, "rows is 101"), (0, "rows is 0")):
         with pytest.raises(ValueError, match=part):
@@ -307,7 +306,8 @@ def test_command_line(tmp_path, capsys):
     assert shown.returncode == 0 and "20 rows, 20 supervised" in shown.stdout and "predicts ' Risk'  <-  '" in shown.stdout
     for args, part in [((), "FILE"), ((tmp_path / "none.jsonl",), "none.jsonl"), (("--game", "STG", "--rows", 0), "rows is 0"),
                        ((write(tmp_path, "{"),), "rows.jsonl:1: "), ((out, "--out", tmp_path / "x"), "--out"),
-                       (("--game", "STG", "--rows", 5, "--out", tmp_path / "no" / "x"), "no")]:
+                       (("--game", "STG", "--rows", 5, "--out", tmp_path / "no" / "x"), "no/x'"),
+                       (("--game", "STG", "--rows", 5, "--out", tmp_path), "Not a regular file")]:
         with pytest.raises(SystemExit) as stop:
             main([str(arg) for arg in args])
         error = capsys.readouterr().err
@@ -330,8 +330,14 @@ def test_reorder_keeps_every_item_answer_and_edge(game, edges):
         assert all((changed.input + changed.target)[slice(*effect)] == example.target for effect, _ in changed.edges)
         orders.add(tuple(changed.input.index(f.name) < changed.input.index(g.name) for f in game.causal for g in game.causal))
     assert len(orders) > 5
-    between = Example("A: 1, B: 2 ", "x", edges=(((11, 12), (0, 5)),))
-    assert reorder(between, rng) == between and reorder(Example("No item", "x"), rng) == Example("No item", "x")
+    torn = Example("A: 1, B: 2 ", "x", edges=(((11, 12), (0, 8)),))
+    for example in [torn, Example("No item", "x"), Example("Weight: 4 kg, Room: 5 ", "x"), Example("Score: 8/10, Level: 3 ", "x"),
+                    Example("Date: 2024-05-06, Room: 5 ", "x"), Example("Time: 10:30, Room: 5 ", "x")]:
+        assert all(reorder(example, rng) == example for _ in range(5))
+    inner = Example("A: 1, B: 2, C: 3 Answer: ", "x", edges=(((9, 10), (3, 4)),))  # B after A
+    changed = [reorder(inner, rng) for _ in range(20)]
+    assert all(c[1] <= e[0] and example.input[slice(*c)] == "1" for example in changed for e, c in example.edges)
+    assert len({example.input for example in changed}) > 1
 
 
 @needs_released

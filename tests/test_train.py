@@ -78,7 +78,8 @@ def test_several_seeds_print_mean_and_spread(tiny, capsys):
 
 
 @pytest.mark.parametrize("flags", [("--loss", "answer"), ("--layers", "all"), ("--layers", "0,1"), ("--form", "hinge", "--alpha", 5),
-                                   ("--edges", "span"), ("--tokenizer", "digits"), ("--n-layer", 1)])
+                                   ("--edges", "span"), ("--tokenizer", "digits"), ("--n-layer", 1), ("--decay", 3),
+                                   ("--weight-decay", 50), ("--init-std", 0.02), ("--orders", 3)])
 def test_every_setting_trains(tiny, flags):
     tiny("--rows", 64, "--epochs", 2, *flags)
     lines = metrics()
@@ -111,7 +112,9 @@ def test_answer_loss_is_the_loss_of_the_answer_alone(tiny):
     (["--layers", "first"], "first"), (["--layers", ""], "--layers"), (["--train", "x"], "--iid"), (["--ask", "x"], "--eval"),
     (["--n-embd", "30"], "n_embd is 30"), (["--block-size", "3"], "block_size 3"), (["--eval", "none.pt"], "none.pt"),
     (["--train", "a", "--iid", "b", "--ood", "c"], "'a'"), (["--lr", "1e30"], "lower --lr"), (["--rows", "20000"], "too few"),
-    (["--nonsense"], "--nonsense"), (["--tokenizer", "gpt2"], "--tokenizer words"),
+    (["--nonsense"], "--nonsense"), (["--gamma", "1e38", "--cat"], "lower --lr"),
+    (["--batch-size", "9" * 400], "--batch-size"), (["--epochs", "9" * 400], "--epochs"), (["--seed", "9" * 40], "--seed"),
+    (["--layers", "9" * 5000], "--layers"), (["--tokenizer", "gpt2"], "--tokenizer words"),
     (["--device", "mps" if torch.cuda.is_available() else "cuda"], "--device cpu")])
 def test_bad_flags_are_one_line_and_leave_nothing(tiny, capsys, monkeypatch, flags, part):
     def no_network(name):
@@ -119,17 +122,17 @@ def test_bad_flags_are_one_line_and_leave_nothing(tiny, capsys, monkeypatch, fla
 
     monkeypatch.setattr(train.tiktoken, "get_encoding", no_network)
     with pytest.raises(SystemExit) as stop:
-        tiny("--no-cat", "--rows", 32, *flags)
+        tiny(*([] if "--cat" in flags else ["--no-cat"]), "--rows", 32, *flags)
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train.py: ")]
     assert stop.value.code == 2 and len(error) == 1 and part in error[0]
     left = [name for _, _, names in os.walk(".") for name in names]
-    assert left == (["metrics.jsonl"] if "1e30" in flags else [])  # a loss that explodes has metrics behind it
+    assert left == (["metrics.jsonl"] if "lower --lr" in part else [])  # a loss that explodes has metrics behind it
 
 
 def test_epochs_default_to_a_number_of_steps(tiny, monkeypatch):
     monkeypatch.setattr(train, "STEPS", 12)
     for rows, size, epochs in ((64, 16, 3), (20, 16, 6), (20, 1000, 12), (64, 1, 1)):
-        tiny("--no-cat", "--rows", rows, "--batch-size", size, )
+        tiny("--no-cat", "--rows", rows, "--batch-size", size)
         assert len(metrics()) == epochs
 
 
@@ -183,12 +186,12 @@ def test_trains_on_files_and_on_a_held_out_share(tiny, capsys):
         assert "--val" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("digits", [1, 3])
-def test_mean_error_of_numbers(digits):
-    tokenizer = train.build_tokenizer([], digits)
+def test_mean_error_of_numbers_of_one_token():
+    tokenizer = train.build_tokenizer([])
     answer = lambda text: tokenizer.encode(text + END, allowed_special="all")
-    assert train.mean_error([(answer("7"), answer("10")), (answer("20")[:-1], answer("19"))], tokenizer) == 2
+    assert train.mean_error([(answer("7"), answer("10")), (answer("20"), answer("19"))], tokenizer) == 2
     assert train.mean_error([(answer("x"), answer("10"))], tokenizer) is None
+    assert train.mean_error([(answer("1000"), answer("1000"))], tokenizer) is None
 
 
 def test_help_names_every_flag_in_one_line_with_its_default(capsys):
@@ -224,7 +227,7 @@ def trace_lines(lines):
     return lambda frame, event, arg: trace if frame.f_code.co_name in ("train", "step", "losses", "save") else None
 
 
-rng, killed = random.Random(0), 0
+rng, killed, reached = random.Random(0), 0, set()
 while killed < 20:
     child = os.fork()
     if child == 0:
@@ -234,9 +237,12 @@ while killed < 20:
     rng.random()
     if os.waitpid(child, 0)[1] == signal.SIGKILL:
         killed += 1
+        if os.path.exists("cut/cat-1.pt"):
+            reached.add(torch.load("cut/cat-1.pt")["progress"][0])
     else:  # it came to the end: start again
         for name in os.listdir("cut"):
             os.rename(f"cut/{{name}}", f"cut-{{killed}}-{{name}}")
+assert any(0 < done < 12 for done in reached), reached  # some went on from the middle of a run
 train.main([*flags, "--out", "cut", "--resume"])
 """
 
@@ -274,6 +280,7 @@ def test_ctrl_c_saves_and_resume_goes_on(tiny, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         tiny(*flags, "--resume", "--lr", 0.1)
     assert stop.value.code == 2 and "--lr is 0.1, but out/cat-1.pt was begun with 0.004" in capsys.readouterr().err
+    assert metrics() == metrics("whole")
     tiny(*flags, "--resume")  # nothing is left to do
     assert len(steps) == 12 and metrics() == metrics("whole")
 
@@ -288,7 +295,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tiny, capsys, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(SystemExit) as stop:
         tiny("--cat", "--rows", 32, "--epochs", 2)
-    assert stop.value.code == 2 and "No space left on device: 'out/cat-1.pt': check" in capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and "No space left on device: 'out/metrics.jsonl': check" in capsys.readouterr().err.splitlines()[-1]
     assert open("out/cat-1.pt", "rb").read() == before and not os.path.exists("out/cat-1.pt.tmp")
 
 
@@ -320,7 +327,7 @@ def test_pictures_hold_any_text():
 
 
 def test_out_of_memory_is_one_line(tiny, capsys, monkeypatch):
-    monkeypatch.setattr(train, "step", lambda *args: torch.empty(2 ** 60))
+    monkeypatch.setattr(train, "step", lambda *args: torch.empty(2 ** 60))  # more than any machine has
     with pytest.raises(SystemExit) as stop:
         tiny("--rows", 32)
     assert stop.value.code == 2 and "lower --batch-size" in capsys.readouterr().err.splitlines()[-1]
@@ -379,3 +386,34 @@ def test_a_step_that_is_not_finite_leaves_the_weights(tiny):
     assert all(torch.equal(*pair) for pair in zip(before, model.parameters()))
     train.step(model, optimizer, data, torch.arange(8), args, 0.1, 0.1, True)
     assert not any(torch.equal(*pair) for pair in zip(before, model.parameters()))
+
+
+def test_val_holds_rows_out_and_shuffles_only_labelled_ones(tiny, tmp_path):
+    rows = generate(TINY, 40, edges="span")
+    (tmp_path / "rows.jsonl").write_text("".join(dump(rows)) + '{"input": "Room: 8, Fingers: 3 Answer: ", "target": "Low"}\n' * 10)
+    flags = ["--train", "rows.jsonl", "--val", "0.5"]
+    splits = train.load_splits(train.parse_args(flags), 1)
+    assert {name: len(examples) for name, examples in splits.items() if name != "ood"} == {"train": 25, "iid": 25}
+    assert not {e.source for e in splits["train"]} & {e.source for e in splits["iid"]}
+    assert [e.source for e in splits["ood"]] == [e.source for e in splits["iid"] if e.edges] and 15 < len(splits["ood"]) < 25
+    more = train.load_examples(train.parse_args([*flags, "--orders", "3"]), 1)["train"]
+    assert more[:25] == splits["train"] and [e.source for e in more] == 3 * [e.source for e in splits["train"]]
+    assert more[25:50] != more[:25] != more[50:] != more[25:50]
+    (tmp_path / "rows.jsonl").write_text("".join(dump(rows[:1])))
+    with pytest.raises(ValueError, match="rows.jsonl: too few labelled rows for --val 0.5"):
+        train.read_once.cache_clear()
+        train.load_splits(train.parse_args(flags), 1)
+
+
+def test_bench(tiny, capsys):
+    tiny("--bench", "--batch-size", 2)
+    lines = capsys.readouterr().out.splitlines()
+    assert "ratio" in lines[0] and "%" in lines[1] and [line.split(": ")[1] for line in lines[2:]] == ["1 MiB", "4 MiB", "16 MiB", "64 MiB"]
+
+
+def test_the_labels_of_the_curves_stay_in_the_picture():
+    for accuracy in (0.0, 0.5, 1.0):
+        rows = [{"run": run, "iid": accuracy, "ood": accuracy, "lines": [{"epoch": 1, "iid": accuracy}]} for run in ("no CAT", "CAT")]
+        heights = [float(text.get("y")) for text in ElementTree.fromstring(train.curves_svg(rows, accuracy)) if text.get("x") == "602.0"]
+        assert len(heights) == 5 and 15 < min(heights) and max(heights) < 395
+        assert all(b - a >= 17 for a, b in zip(sorted(heights), sorted(heights)[1:]))
