@@ -503,6 +503,9 @@ def run_all(args):
         tokenizer = load_tokenizer(args, splits["train"])
         data = encode_all(args, splits, tokenizer)
         os.makedirs(args.out, exist_ok=True)
+        if not table:
+            size = sum(weight.numel() for weight in make_model(args, tokenizer.n_vocab, seed)[0].parameters())
+            print(f"{len(splits['train'])} training rows, {size:,} parameters")
         rows = [train(args, seed, run, data, tokenizer, lines) for run in args.runs]
         if not table:
             pictures = {"attention.svg": attention_svg(rows, data["ood"], tokenizer)}
