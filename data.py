@@ -230,8 +230,8 @@ def link(input, target, important, edges="value"):
 
 
 def shuffle_numbers(examples, seed):
-    """OOD rows made from labelled ones, each with an edge: in each input, the numbers that are no cause change places with each other, so
-    that what went along with a cause no longer does, while the answer stays true. Edges are left out."""
+    """OOD rows made from labelled ones, each with an edge: in each input, the numbers that are no cause change places with
+    each other, so that what went along with a cause no longer does, while the answer stays true. Edges are left out."""
     rng, shuffled = random.Random(seed), []
     for example in examples:
         free = [number for number in re.finditer(NUMBER, example.input)
@@ -423,8 +423,9 @@ def encode(examples, tokenizer, block_size, device="cpu", skip_bad=False):
     role[held] = torch.tensor(np.array(roles))
     targets = idx[:, 1:].masked_fill(~held[:, :-1], -100)
     answer = held & (position >= prompts - 1)
-    columns = idx[:, :-1], targets, answer[:, :-1], role[:, :-1], torch.tensor(np.array(edges).reshape(-1, 2)), torch.tensor(first_edge)
-    return Dataset(*(column.contiguous().to(device) for column in columns))
+    edges = torch.tensor(np.array(edges).reshape(-1, 2))
+    tensors = idx[:, :-1], targets, answer[:, :-1], role[:, :-1], edges, torch.tensor(first_edge)
+    return Dataset(*(tensor.contiguous().to(device) for tensor in tensors))
 
 
 def adjacency_of(data, rows):
@@ -453,8 +454,9 @@ def describe(examples, tokenizer):
             looks.setdefault(query, []).append(key)
         token = [repr(tokenizer.decode([t])) for t in data.idx[n].tolist()]
         lines += [examples[n].input + examples[n].target, "each query, the token it predicts, the keys it should look at:"]
-        lines += [f"  {token[query]} at {query} predicts {token[query + 1]}  <-  " + "  ".join(f"{token[key]} at {key}" for key in keys)
-                  for query, keys in looks.items()]
+        for query, keys in looks.items():
+            shown = "  ".join(f"{token[key]} at {key}" for key in keys)
+            lines.append(f"  {token[query]} at {query} predicts {token[query + 1]}  <-  {shown}")
     return "\n".join(lines)
 
 

@@ -23,7 +23,8 @@ class GPTConfig:
                 raise ValueError(f"{name} is {value!r}: give a whole number of at least 1")
         size = 12 * self.n_layer * self.n_embd ** 2 + 2 * self.vocab_size * self.n_embd
         if size > 1e9:
-            raise ValueError(f"n_layer is {self.n_layer}, n_embd is {self.n_embd}: {size:.1e} parameters, lower them to at most 1e9")
+            raise ValueError(f"n_layer is {self.n_layer}, n_embd is {self.n_embd}: {size:.1e} parameters, lower them to at most "
+                             "1e9")
         if not 0 <= self.init_std < math.inf:
             raise ValueError(f"init_std is {self.init_std}: give a finite number of at least 0")
         if self.n_embd % (2 * self.n_head):
@@ -47,6 +48,7 @@ class CausalSelfAttention(nn.Module):
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x, cos, sin, hidden):
+        """x: (B, T, C); cos, sin: (T, D / 2); hidden: (T, T), True above the diagonal. Returns (B, T, C) and the map."""
         B, T, C = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, n_head, T, D) each
         # Scores bounded by sqrt(D): without it one key wins all of a head's attention and others get no gradient any more.
@@ -87,8 +89,8 @@ class GPT(nn.Module):
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         D = config.n_embd // config.n_head
         # base 100, not the usual 10000: a head has few pairs of channels, and all should turn within a short row
-        angles = torch.outer(torch.arange(config.block_size), 100.0 ** (-torch.arange(0, D, 2) / D))
-        self.register_buffer("cos", angles.cos(), persistent=False)  # (block_size, D / 2)
+        angles = torch.outer(torch.arange(config.block_size), 100.0 ** (-torch.arange(0, D, 2) / D))  # (block_size, D / 2)
+        self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
         hidden = torch.ones(config.block_size, config.block_size, dtype=torch.bool).triu(1)
         self.register_buffer("hidden", hidden, persistent=False)

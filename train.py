@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from cat import FORMS, attention_ratio, average_attention, gamma_at, re_attention_loss
-from data import END, GAMES, ROLES, adjacency_of, build_tokenizer, encode, generate, read, reorder, save, shuffle_numbers, tokenizer_from
+from data import (END, GAMES, ROLES, adjacency_of, build_tokenizer, encode, generate, read, reorder, save, shuffle_numbers,
+                  tokenizer_from)
 from model import GPT, GPTConfig
 
 TEST_ROWS = 1000  # in each of the generated test sets and the validation set
@@ -74,7 +75,8 @@ def parse_args(argv=None):
     add("--ood", "test file in which the spurious correlations are broken", metavar="FILE")
     add("--val", "test on this share of --train, held out: as it is, and as ood with its other numbers shuffled", metavar="SHARE",
         type=number(float, 0, 0.9, above=True))
-    add("--orders", 'train on each row in this many random orders of its "Name: number" items', type=number(int, 1, 1000), default=1)
+    add("--orders", 'train on each row in this many orders of its "Name: number" items, its own and random ones',
+        type=number(int, 1, 1000), default=1)
     add("--skip-bad", "skip and count bad lines of these files instead of stopping", action="store_true")
     add("--edges", "what of a cause is causal, its number (8) or the whole span (Smoking: 8)", choices=("value", "span"),
         default="value")
@@ -96,7 +98,8 @@ def parse_args(argv=None):
     add("--init-std", "standard deviation of all weight matrices at the start, 0.02 as in GPT-2, 0 takes 1 / sqrt(fan_in)",
         type=at_least_0, default=0.0)
     add("--block-size", "longest row, in tokens", type=number(int, 1, 8192), default=256)
-    add("--seed", "of data, weights and order; several give mean and spread", type=number(int, 0, 2 ** 63 - 1), nargs="+", default=[1])
+    add("--seed", "of data, weights and order; several give mean and spread", type=number(int, 0, 2 ** 63 - 1), nargs="+",
+        default=[1])
     add("--device", "auto is the first of cuda, mps, cpu", choices=("auto", "cuda", "mps", "cpu"), default="auto")
     add("--threads", "CPU threads (default: torch's choice)", type=number(int, 1, 1024))
     add("--out", "folder for metrics.jsonl and checkpoints", default="out")
@@ -113,6 +116,8 @@ def parse_args(argv=None):
     tests = [args.iid, args.ood, args.val]
     if args.train and tests.count(None) != (2 if args.val else 1) or not args.train and any(tests):
         parser.error("--train needs --iid and --ood, or --val: give these together, or none of them to generate a game")
+    if (args.resume or args.bench) and args.eval or args.resume and args.bench:
+        parser.error("--resume, --eval and --bench are three different jobs: give one of them")
     if args.ask is not None and not args.eval:
         parser.error("--ask needs a checkpoint: give --eval out/cat-1.pt too")
     try:
@@ -174,11 +179,14 @@ def load_tokenizer(args, examples):
 
 @torch.no_grad()
 def evaluate(model, data, args, limit=None):
-    """Of the first `limit` rows of a Dataset, by name: "accuracy" of whole greedy answers; "shares", the attention that
-    the query predicting the answer pays each of ROLES, in the supervised and in all layers, None when no role is known;
-    "ratio", mean causal over mean other attention of the supervised rows, None when there are none or it is infinite; "answers", for each
-    row the tokens predicted for the answer, each given the right ones before it, and the right ones; "looks", (N, T), the
-    attention of the query predicting the answer, in the supervised layers."""
+    """How a model does on the first `limit` rows of a Dataset, N of them. Returns a dict:
+
+    accuracy  share of rows whose whole greedy answer is right
+    answers   N pairs of the tokens predicted for the answer, each given the right ones before it, and the right ones
+    looks     (N, T), attention that the query predicting the answer pays each key, in the supervised layers
+    shares    the same summed by ROLES, mean over rows, in the supervised and in all layers; None when no role is known
+    ratio     mean causal over mean other attention of the supervised rows; None when there are none or it is infinite
+    """
     hits, shares, causal, other, answers, looks = [], [], [], [], [], []
     N, T = data.idx.shape
     for rows in torch.arange(N, device=data.idx.device)[:limit].split(max(1, 2 ** 21 // T ** 2)):  # about 2M numbers a map
@@ -353,7 +361,8 @@ def mean_error(answers, tokenizer):
     if any(len(right) != 2 for _, right in answers):  # the second token is END
         return None
     try:
-        return statistics.mean(abs(float(tokenizer.decode(guess[:1])) - float(tokenizer.decode(right[:1]))) for guess, right in answers)
+        numbers = [[float(tokenizer.decode(tokens[:1])) for tokens in pair] for pair in answers]
+        return statistics.mean(abs(guess - right) for guess, right in numbers)
     except ValueError:
         return None
 
@@ -366,12 +375,17 @@ def result_row(model, tokenizer, data, args, seed, run):
             "answers": ood["answers"], "looks": ood["looks"]}
 
 
-def print_header(args):
-    print(f"\n{'':20}   IID     OOD   % of attention at the answer on causal / spurious / irrelevant / other tokens")
-    print(f"{'':38}{f'layers {args.layers}':28}layers all")
+def print_header(args, row):
+    """The head of the table; without shares, as in rows of a file, whose roles nobody knows, two columns."""
+    print(f"\n{'':20}   IID     OOD", end="")
+    if row["shares"]:
+        print("   % of attention at the answer on causal / spurious / irrelevant / other tokens\n"
+              f"{'':38}{f'layers {args.layers}':28}layers all", end="")
+    print()
 
 
 def print_row(row):
+    """One line for a result row, and one for its error where answers are numbers."""
     shares = [" / ".join(f"{100 * share:4.1f}" for share in (*shares[1:], shares[0])) for shares in row["shares"] or ()]
     print(f"{row['run'] + ', seed ' + str(row['seed']):20}{row['iid']:6.3f}  {row['ood']:6.3f}    {'    '.join(shares)}")
     if None not in row["errors"]:
@@ -385,6 +399,7 @@ def majority(data):
 
 
 def print_majority(data):
+    """The last line of the table."""
     print(f"{'majority class':20}{majority(data['iid']):6.3f}  {majority(data['ood']):6.3f}")
 
 
@@ -406,11 +421,13 @@ def svg(height, parts):
 
 
 def svg_text(x, y, text, attributes=""):
+    """Any text at (x, y), in pixels from the top left."""
     text = html.escape(re.sub(r"[^ -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", " ", text))  # what XML can hold
     return f'<text x="{x:.1f}" y="{y:.1f}" {attributes}>{text}</text>'
 
 
 def svg_line(path, color="#1b1f24", dashes="none"):
+    """A line along an SVG path, such as "M10 20h30"."""
     return f'<path d="{path}" fill="none" stroke="{color}" stroke-width="2" stroke-dasharray="{dashes}"/>'
 
 
@@ -420,12 +437,15 @@ def attention_svg(rows, data, tokenizer):
     wrong = [[guess != right for guess, right in row["answers"]] for row in rows]
     n = next((i for i in range(len(data.idx)) if wrong[0][i] and not wrong[-1][i]), 0)
     answers = [[tokenizer.decode(answer).removesuffix(END) for answer in row["answers"][n]] for row in rows]
-    title = f"OOD row {n + 1}, {answers[0][1][:20]}" + (": the first that only the run with CAT gets right" if wrong[0][n] > wrong[-1][n] else "")
+    title = f"OOD row {n + 1}, {answers[0][1][:20]}"
+    if wrong[0][n] and not wrong[-1][n]:
+        title += ": the first that only the run with CAT gets right"
     tokens = data.idx[n].tolist()[:data.answer[n].int().argmax() + 1]
     roles = [ROLES[role] for role in data.role[n].tolist()]
     parts = [svg_text(20, 28, title, 'font-weight="bold"'), svg_text(20, 50, "shade: attention paid by the answer")]
     if data.role.any():
-        parts += [svg_text(340, 50, "causal"), svg_line("M340 56h44"), svg_text(420, 50, "spurious"), svg_line("M420 56h58", dashes="3 2")]
+        parts += [svg_text(340, 50, "causal"), svg_line("M340 56h44"),
+                  svg_text(420, 50, "spurious"), svg_line("M420 56h58", dashes="3 2")]
     y = 50
     for row, (guess, right) in zip(rows, answers):
         top = y = y + 40
@@ -442,7 +462,8 @@ def attention_svg(rows, data, tokenizer):
                 x, y, text = 20, y + 26, text.lstrip() or " "
             width = 7.2 * len(text)
             shade = min(1.0, 3 * look)  # full at a third of the attention, what one of three causal numbers can get
-            parts.append(f'<rect x="{x:.1f}" y="{y - 13}" width="{width:.1f}" height="18" fill="#0072b2" fill-opacity="{shade:.2f}"/>')
+            parts.append(f'<rect x="{x:.1f}" y="{y - 13}" width="{width:.1f}" height="18" fill="#0072b2" '
+                         f'fill-opacity="{shade:.2f}"/>')
             parts.append(svg_text(x, y, text, f'textLength="{width:.1f}"' + ' fill="#fff"' * (shade > 0.5)))
             if role in ("causal", "spurious"):
                 parts.append(svg_line(f"M{x - 3:.1f} {y + 9}h{width + 6:.1f}", dashes="none" if role == "causal" else "3 2"))
@@ -509,7 +530,7 @@ def run_all(args):
         rows = [train(args, seed, run, data, tokenizer, lines) for run in args.runs]
         if not table:
             pictures = {"attention.svg": attention_svg(rows, data["ood"], tokenizer)}
-            print_header(args)
+            print_header(args, rows[0])
         for row in rows:
             print_row(row)
         print_majority(data)
@@ -571,7 +592,8 @@ def bench(args, pairs=100):
         for _ in range(20):
             step(*models[1], data, torch.arange(args.batch_size, device=args.device), args, args.gamma, args.lr, True)
     spent = {event.key.removeprefix("aten::"): event.self_cpu_time_total for event in profile.key_averages()}
-    print("on the CPU: " + ", ".join(f"{name} {spent[name] / sum(spent.values()):.0%}" for name in sorted(spent, key=spent.get)[:-9:-1]))
+    most = sorted(spent, key=spent.get)[:-9:-1]
+    print("on the CPU: " + ", ".join(f"{name} {spent[name] / sum(spent.values()):.0%}" for name in most))
     for T in (256, 512, 1024, 2048):
         model = GPT(dataclasses.replace(models[1][0].config, block_size=T))
         with torch.no_grad():
@@ -580,6 +602,7 @@ def bench(args, pairs=100):
 
 
 def fail(message, code):
+    """Ends the program with one line on standard error."""
     print(f"train.py: {message}", file=sys.stderr)
     sys.exit(code)
 
@@ -602,8 +625,9 @@ def main(argv=None):
                 read_once.cache_clear()
                 splits = load_splits(saved, seed)
                 data = encode_all(saved, {name: splits[name] for name in ("iid", "ood")}, tokenizer)
-                print_header(saved)
-                print_row(result_row(model, tokenizer, data, saved, seed, run))
+                row = result_row(model, tokenizer, data, saved, seed, run)
+                print_header(saved, row)
+                print_row(row)
                 print_majority(data)
     except KeyboardInterrupt as interrupt:
         fail(f"interrupted{interrupt}", 130)
