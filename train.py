@@ -30,6 +30,7 @@ from model import GPT, GPTConfig
 TEST_ROWS = 1000  # in each of the generated test sets and the validation set
 STEPS = 3000  # of a run, when --epochs is not given
 SAVE_EVERY = 200  # steps between checkpoints
+PAIRS = 300  # of steps that --bench times
 
 
 def number(kind, low, high=math.inf, above=False):
@@ -569,24 +570,24 @@ def ask(model, tokenizer, args, text):
     print(f"\n{tokenizer.decode(answer)}")
 
 
-def bench(args, pairs=100):
-    """Times the same training step without and with CAT, in turns, and prints the medians, what the step with CAT spends
+def bench(args):
+    """Times the same training step without and with CAT, each first in every other pair, and prints the medians, what the step with CAT spends
     its time on, and the size of the attention maps by length."""
     splits = {"train": generate(GAMES[args.game], 40 * args.batch_size, False, args.seed[0], args.edges)}
     tokenizer = load_tokenizer(args, splits["train"])
     data = encode(splits["train"], tokenizer, args.block_size, args.device)
     models = [make_model(args, tokenizer.n_vocab, args.seed[0]) for _ in range(2)]
     times = []
-    for i in range(pairs + 10):
+    for i in range(PAIRS + 10):
         rows = torch.randperm(len(data.idx))[:args.batch_size].to(args.device)
-        pair = []
-        for cat in (False, True):
+        pair = [0.0, 0.0]
+        for cat in (False, True) if i % 2 else (True, False):
             start = time.perf_counter()
             step(*models[cat], data, rows, args, args.gamma, args.lr, cat)
-            pair.append(time.perf_counter() - start)
+            pair[cat] = time.perf_counter() - start
         times.append(pair)
     without, with_cat, ratio = (statistics.median(column) for column in zip(*((a, b, b / a) for a, b in times[10:])))
-    print(f"a step of {args.batch_size} rows on {args.device}, {torch.get_num_threads()} threads, median of {pairs} pairs: "
+    print(f"a step of {args.batch_size} rows on {args.device}, {torch.get_num_threads()} threads, median of {PAIRS} pairs: "
           f"{1000 * without:.2f} ms without CAT, {1000 * with_cat:.2f} ms with, ratio {ratio:.3f}")
     with torch.profiler.profile() as profile:
         for _ in range(20):

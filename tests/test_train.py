@@ -336,6 +336,7 @@ def test_out_of_memory_is_one_line(tiny, capsys, monkeypatch):
 def test_random_flags_and_random_files_end_in_0_or_2(tiny, capsys, monkeypatch):
     monkeypatch.setattr(train, "STEPS", 2)
     monkeypatch.setattr(train, "TEST_ROWS", 8)
+    monkeypatch.setattr(train, "PAIRS", 2)
     monkeypatch.setattr(train.tiktoken, "get_encoding", lambda name: 1 / 0)
     rng, codes = random.Random(0), []
     values = ["0", "1", "2", "3", "-1", "0.5", "1e9", "1e400", "nan", "", "x", "last", "0,1", ",", "hinge", "tiny", "STG", "digits", "gpt2",
@@ -405,7 +406,8 @@ def test_val_holds_rows_out_and_shuffles_only_labelled_ones(tiny, tmp_path):
         train.load_splits(train.parse_args(flags), 1)
 
 
-def test_bench(tiny, capsys):
+def test_bench(tiny, capsys, monkeypatch):
+    monkeypatch.setattr(train, "PAIRS", 5)
     tiny("--bench", "--batch-size", 2)
     lines = capsys.readouterr().out.splitlines()
     assert "ratio" in lines[0] and "%" in lines[1] and [line.split(": ")[1] for line in lines[2:]] == ["1 MiB", "4 MiB", "16 MiB", "64 MiB"]
