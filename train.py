@@ -288,6 +288,8 @@ def train(args, seed, run, data, tokenizer, lines):
         optimizer.load_state_dict(optimizer_state)
         torch.set_rng_state(rng)
         lines += checkpoint["lines"]
+    elif args.resume:
+        print(f"{path}: nothing to resume, starting at step 0")
     log = os.path.join(args.out, "metrics.jsonl")
     save(log, "".join(lines).encode())
     with first_ctrl_c() as interrupted, tqdm(total=steps, initial=done, desc=f"seed {seed}, {run:>6}", disable=None) as bar:
@@ -634,6 +636,8 @@ def main(argv=None):
         fail(f"interrupted{interrupt}", 130)
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except FileNotFoundError as error:
+        fail(f"{error.filename}: no such file: check the path", 2)
     except OSError as error:
         fail(f"{error}: check the path and the free space", 2)
     except ValueError as error:

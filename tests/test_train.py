@@ -111,7 +111,7 @@ def test_answer_loss_is_the_loss_of_the_answer_alone(tiny):
     (["--alpha", "-1"], "--alpha"), (["--gamma", "inf"], "--gamma"), (["--form", "hing"], "hinge"), (["--layers", "2"], "--layers"),
     (["--layers", "first"], "first"), (["--layers", ""], "--layers"), (["--train", "x"], "--iid"), (["--ask", "x"], "--eval"),
     (["--n-embd", "30"], "n_embd is 30"), (["--block-size", "3"], "block_size 3"), (["--eval", "none.pt"], "none.pt"),
-    (["--train", "a", "--iid", "b", "--ood", "c"], "'a'"), (["--lr", "1e30"], "lower --lr"), (["--rows", "20000"], "too few"),
+    (["--train", "a", "--iid", "b", "--ood", "c"], "a: no such file"), (["--lr", "1e30"], "lower --lr"), (["--rows", "20000"], "too few"),
     (["--nonsense"], "--nonsense"), (["--bench", "--resume"], "three different jobs"), (["--gamma", "1e38", "--cat"], "lower --lr"),
     (["--batch-size", "9" * 400], "--batch-size"), (["--epochs", "9" * 400], "--epochs"), (["--seed", "9" * 40], "--seed"),
     (["--layers", "9" * 5000], "--layers"), (["--tokenizer", "gpt2"], "--tokenizer words"),
