@@ -390,19 +390,20 @@ def encode(examples, tokenizer, block_size, device="cpu", skip_bad=False):
                 continue
             raise ValueError(f"{example.source or f'row {n + 1}'}: {len(tokens)} tokens, over block_size {block_size}: "
                              "shorten the text, or raise --block-size, or pass --skip-bad")
-        text, pieces = example.input + example.target, tokenizer.decode_tokens_bytes(tokens)
+        text = example.input + example.target
+        pieces = tokenizer.decode_tokens_bytes(tokens) if example.edges or example.roles else ()  # only spans need them
         bounds = list(accumulate(map(len, pieces), initial=0))  # token t is the bytes bounds[t]..bounds[t + 1]
 
         def tokens_of(span):
             start, stop = (len(text[:i].encode()) for i in span)
             return range(bisect.bisect_right(bounds, start) - 1, bisect.bisect_left(bounds, stop))
 
-        links = set()
+        pairs = set()
         for effect, cause in example.edges:
             effect, keys = tokens_of(effect), tokens_of(cause)
-            links.update((t - 1, key) for t in effect for key in keys if t > 0 and key < effect[0])
-        for link in sorted(links):
-            edges.extend(link)
+            pairs.update((t - 1, key) for t in effect for key in keys if t > 0 and key < effect[0])
+        for pair in sorted(pairs):
+            edges.extend(pair)
         role = [0] * len(tokens)
         for name, span in example.roles:
             for t in tokens_of(span):

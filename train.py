@@ -401,9 +401,9 @@ def majority(data):
     return answers.most_common(1)[0][1] / len(data.idx)
 
 
-def print_majority(data):
+def print_majority(iid, ood):
     """The last line of the table."""
-    print(f"{'majority class':20}{majority(data['iid']):6.3f}  {majority(data['ood']):6.3f}")
+    print(f"{'majority class':20}{iid:6.3f}  {ood:6.3f}")
 
 
 def print_summary(rows):
@@ -518,7 +518,6 @@ def encode_all(args, splits, tokenizer):
 
 def run_all(args):
     """All seeds, without and with CAT, the table and the pictures."""
-    read_once.cache_clear()
     table, lines, majorities = [], [], []
     for seed in args.seed:
         splits = load_examples(args, seed)
@@ -536,8 +535,8 @@ def run_all(args):
             print_header(args, rows[0])
         for row in rows:
             print_row(row)
-        print_majority(data)
         majorities.append(majority(data["ood"]))
+        print_majority(majority(data["iid"]), majorities[-1])
         table += rows
     if len(args.seed) > 1:
         print_summary(table)
@@ -573,8 +572,8 @@ def ask(model, tokenizer, args, text):
 
 
 def bench(args):
-    """Times the same training step without and with CAT, each first in every other pair, and prints the medians, what the step with CAT spends
-    its time on, and the size of the attention maps by length."""
+    """Times the same training step without and with CAT, each first in every other pair, and prints the medians, what the
+    step with CAT spends its time on, and the size of the attention maps by length."""
     splits = {"train": generate(GAMES[args.game], 40 * args.batch_size, False, args.seed[0], args.edges)}
     tokenizer = load_tokenizer(args, splits["train"])
     data = encode(splits["train"], tokenizer, args.block_size, args.device)
@@ -612,6 +611,7 @@ def fail(message, code):
 
 def main(argv=None):
     args = parse_args(argv)
+    read_once.cache_clear()  # of an earlier call in the same process
     try:
         if args.threads:
             torch.set_num_threads(args.threads)
@@ -625,13 +625,12 @@ def main(argv=None):
                 ask(model, tokenizer, saved, args.ask)
             else:
                 run, seed = checkpoint["run"], checkpoint["seed"]
-                read_once.cache_clear()
                 splits = load_splits(saved, seed)
                 data = encode_all(saved, {name: splits[name] for name in ("iid", "ood")}, tokenizer)
                 row = result_row(model, tokenizer, data, saved, seed, run)
                 print_header(saved, row)
                 print_row(row)
-                print_majority(data)
+                print_majority(majority(data["iid"]), majority(data["ood"]))
     except KeyboardInterrupt as interrupt:
         fail(f"interrupted{interrupt}", 130)
     except BrokenPipeError:  # the reader, such as head, has seen enough
