@@ -605,7 +605,7 @@ def bench(args):
 
 
 def keep_freed_memory():
-    """Else glibc gives freed memory back to the system within a step, and getting it again page by page costs a tenth of the
+    """Else glibc gives freed memory back to the system within a step, and to get it again page by page takes a seventh of a
     step. Does nothing where there is no glibc."""
     with contextlib.suppress(AttributeError, TypeError):
         libc = ctypes.CDLL(None)

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pickle
+import platform
 import random
 import re
 import signal
@@ -411,6 +412,26 @@ def test_bench(tiny, capsys, monkeypatch):
     tiny("--bench", "--batch-size", 2)
     lines = capsys.readouterr().out.splitlines()
     assert "ratio" in lines[0] and "%" in lines[1] and [line.split(": ")[1] for line in lines[2:]] == ["1 MiB", "4 MiB", "16 MiB", "64 MiB"]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc gives memory back in this way")
+def test_freed_memory_is_kept():
+    code = """if True:
+        import resource, torch, train
+        def faults():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            for _ in range(20):
+                held = [torch.ones(2 ** 20) for _ in range(16)]
+                del held
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        before = faults()
+        train.keep_freed_memory()
+        faults()
+        print(before, faults())"""
+    root = os.path.dirname(train.__file__)
+    run = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True)
+    before, after = map(int, run.stdout.split())
+    assert after < before / 10
 
 
 def test_the_labels_of_the_curves_stay_in_the_picture():
