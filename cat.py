@@ -21,7 +21,7 @@ def average_attention(attentions):
                          'attn_implementation="eager" and called with output_attentions=True')
     if any(len(s) != 4 or (s[0], s[2], s[3]) != (shapes[0][0], *shapes[0][-1:] * 2) for s in shapes):
         raise ValueError(f"attentions of shapes {shapes}: give one (B, H, T, T) per layer, with equal B and T")
-    # a sum divided, not a mean: the gradient of a mean is written out for every head
+    # sum / H, not mean, whose backward divides a whole (B, H, T, T) and not a (B, T, T)
     layers = [attn.to(torch.promote_types(attn.dtype, torch.float32)).sum(dim=1) / attn.shape[1] for attn in attentions]
     return sum(layers) / len(layers) if len(layers) > 1 else layers[0]  # (B, T, T)
 

@@ -408,8 +408,11 @@ def test_val_holds_rows_out_and_shuffles_only_labelled_ones(tiny, tmp_path):
 
 
 def test_bench(tiny, capsys, monkeypatch):
+    kept = []
+    monkeypatch.setattr(train, "keep_freed_memory", lambda: kept.append(True))
     monkeypatch.setattr(train, "PAIRS", 5)
     tiny("--bench", "--batch-size", 2)
+    assert kept
     lines = capsys.readouterr().out.splitlines()
     assert "ratio" in lines[0] and "%" in lines[1] and [line.split(": ")[1] for line in lines[2:]] == ["1 MiB", "4 MiB", "16 MiB", "64 MiB"]
 
@@ -426,10 +429,9 @@ def test_freed_memory_is_kept():
             return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
         before = faults()
         train.keep_freed_memory()
-        faults()
+        faults()  # takes the memory that is then kept
         print(before, faults())"""
-    root = os.path.dirname(train.__file__)
-    run = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", code], cwd=os.path.dirname(train.__file__), check=True, capture_output=True, text=True)
     before, after = map(int, run.stdout.split())
     assert after < before / 10
 
