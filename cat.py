@@ -22,8 +22,8 @@ def average_attention(attentions):
     if any(len(s) != 4 or (s[0], s[2], s[3]) != (shapes[0][0], *shapes[0][-1:] * 2) for s in shapes):
         raise ValueError(f"attentions of shapes {shapes}: give one (B, H, T, T) per layer, with equal B and T")
     # sum / H, not mean, whose backward divides a whole (B, H, T, T) and not a (B, T, T)
-    layers = [attn.to(torch.promote_types(attn.dtype, torch.float32)).sum(dim=1) / attn.shape[1] for attn in attentions]
-    return sum(layers) / len(layers) if len(layers) > 1 else layers[0]  # (B, T, T)
+    return sum(attn.to(torch.promote_types(attn.dtype, torch.float32)).sum(dim=1) / (attn.shape[1] * len(attentions))
+               for attn in attentions)  # (B, T, T)
 
 
 def supervised_rows(adjacency, mask=None):
