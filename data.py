@@ -1,25 +1,24 @@
-"""Data: the rule-based Spurious Token Game (STG), the tokenizer, phrases to token adjacency, batches, labels by an assistant."""
+"""Data: the rule-based Spurious Token Game (STG), phrases to token adjacency, tokenizer, batches;
+last, to be skipped at first, labels by an assistant."""
 import argparse
-import bisect
-import errno
+import dataclasses
+import itertools
 import json
 import math
 import os
 import random
 import re
-import select
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import tempfile
 import threading
-import time
+import unicodedata
 from array import array
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 
@@ -29,34 +28,52 @@ import torch
 from tqdm import tqdm
 
 ROLES = ("other", "causal", "spurious", "irrelevant")  # a token's role is stored as its index here
+EDGES = ("value", "span", "spurious", "random")  # what is called causal, see `chosen_edges`
 END = "<|endoftext|>"  # closes every answer, so that a greedy answer knows where to stop
 
 
 @dataclass(frozen=True)
 class Feature:
-    """One number in a game's text: uniform in low..high (whole numbers when decimals and noise are 0) plus noise."""
+    """One number in a game's text: uniform in low..high (whole if decimals and noise are 0)."""
     name: str
     low: float = 1
     high: float = 10
-    noise: float = 0.0  # standard deviation of the Gaussian noise
+    noise: float = 0.0  # standard deviation of the Gaussian noise that is added
     decimals: int = 0  # how many are shown; the answer is computed from the value before rounding
     unit: str = ""
     weight: float = 0.0  # causal features: factor in the score
-    copies: str = ""  # spurious features: the causal feature copied in training and IID; low..high, without noise, is OOD
-    ratio: float = 0.0  # spurious features: factor of the copy
+    copies: str = ""  # spurious features: the causal feature copied in training and IID tests
+    ratio: float = 0.0  # spurious features: factor of the copy; low..high, without noise, is OOD
 
 
 @dataclass(frozen=True)
 class Game:
-    """A Spurious Token Game, the paper's synthetic benchmark: causal features decide the answer, spurious ones copy them."""
+    """A Spurious Token Game, the paper's synthetic benchmark: causal features decide the answer,
+    spurious ones copy them until they are out of distribution."""
     name: str
     causal: tuple
     spurious: tuple
     irrelevant: tuple
     question: str  # {features} stands for the numbers; the answer follows
     bands: tuple = ()  # ((lowest score, answer), ...), highest first; or
-    scale: tuple = ()  # (low, high): the score, clipped, is answered as a whole number from 0 (low) to 100 (high)
-    shuffle: bool = True  # every row has its own order of features; otherwise causal, spurious, irrelevant
+    scale: tuple = ()  # (low, high): the score is answered as a whole number, 0 (low) to 100 (high)
+    shuffle: bool = True  # every example has its own order; else causal, spurious, irrelevant
+    steps: int = 1200  # that training needs, of 16 examples each
+
+    def __post_init__(self):
+        causes, lows = [f.name for f in self.causal], [low for low, _ in self.bands]
+        for f in self.causal + self.spurious + self.irrelevant:
+            if f.low > f.high:
+                raise ValueError(f"{self.name}: {f.name} has low {f.low} above high {f.high}: swap them")
+        for f in self.spurious:
+            if f.copies not in causes:
+                raise ValueError(f"{self.name}: {f.name} copies {f.copies!r}, which is no causal feature: "
+                                 f"choose one of {', '.join(causes)}")
+        if self.question.count("{features}") != 1:
+            raise ValueError(f"{self.name}: question must hold {{features}} once, where the numbers go")
+        if not self.scale and (lows != sorted(lows, reverse=True) or lows[-1:] != [-math.inf]):
+            raise ValueError(f"{self.name}: bands are {lows}: give the highest first, and last the one "
+                             "from -math.inf")
 
     def answer(self, score):
         """The answer to a score: its band's, or its place on the scale."""
@@ -68,12 +85,15 @@ class Game:
 
 STG = Game(
     name="STG",
-    causal=(Feature("Smoking", weight=1.2), Feature("Weight", weight=0.7), Feature("Exercise", weight=-1.0)),
-    spurious=(Feature("Yellow fingers", copies="Smoking", ratio=1.5), Feature("Clothing size", copies="Weight", ratio=1.0),
+    causal=(Feature("Smoking", weight=1.2), Feature("Weight", weight=0.7),
+            Feature("Exercise", weight=-1.0)),
+    spurious=(Feature("Yellow fingers", copies="Smoking", ratio=1.5),
+              Feature("Clothing size", copies="Weight", ratio=1.0),
               Feature("Hormones", copies="Exercise", ratio=0.5)),
     irrelevant=(Feature("Room size"), Feature("Certain gene")),
-    question="Here is the statistical data for a person. Please predict the probability of cancer. {features} Answer: ",
-    bands=((7.3, "High Risk"), (2.7, "Middle Risk"), (-math.inf, "Low Risk")))  # scores are tenths: > 7.2 is >= 7.3
+    question="Here is the statistical data for a person. "
+             "Please predict the probability of cancer. {features} Answer: ",
+    bands=((7.3, "High Risk"), (2.7, "Middle Risk"), (-math.inf, "Low Risk")))  # > 7.2 is >= 7.3
 
 STG_H = Game(
     name="STG_H",
@@ -83,16 +103,22 @@ STG_H = Game(
             Feature("Agricultural Burning", 10, 30, 1.0, 1, weight=0.15),
             Feature("Urban Green Coverage", 40, 80, 3.0, 1, "%", weight=-0.2),
             Feature("Meteorological Dispersion", 50, 90, 3.0, 1, weight=-0.3)),
-    spurious=(Feature("Ice Cream Sales Index", 5, 9, 2.0, 1, copies="Meteorological Dispersion", ratio=0.4),
-              Feature("Allergy Complaints Level", 2, 6, 3.0, 1, copies="Agricultural Burning", ratio=0.2),
-              Feature("Renewable Stock Index", 3, 7, 1.5, 0, copies="Industrial Emissions", ratio=1.1),
-              Feature("Public Transport Subscriptions (k)", 3, 9, 2.0, 1, copies="Vehicle Emissions", ratio=0.15),
-              Feature("Water Awareness Score", -8, -4, 1.0, 1, copies="Urban Green Coverage", ratio=-0.1)),
-    irrelevant=(Feature("City Anniversary", 1, 100, unit="th"), Feature("Average Internet Speed", 80, 120, 3.0, 1, "Mbps"),
+    spurious=(Feature("Ice Cream Sales Index", 5, 9, 2.0, 1,
+                      copies="Meteorological Dispersion", ratio=0.4),
+              Feature("Allergy Complaints Level", 2, 6, 3.0, 1,
+                      copies="Agricultural Burning", ratio=0.2),
+              Feature("Renewable Stock Index", 3, 7, 1.5, 0,
+                      copies="Industrial Emissions", ratio=1.1),
+              Feature("Public Transport Subscriptions (k)", 3, 9, 2.0, 1,
+                      copies="Vehicle Emissions", ratio=0.15),
+              Feature("Water Awareness Score", -8, -4, 1.0, 1,
+                      copies="Urban Green Coverage", ratio=-0.1)),
+    irrelevant=(Feature("City Anniversary", 1, 100, unit="th"),
+                Feature("Average Internet Speed", 80, 120, 3.0, 1, "Mbps"),
                 Feature("Number of Libraries", 10, 50)),
-    question="{features}. Given these diverse conditions, what is the projected Air Quality Index (AQI) on a 0-100 scale? "
-             "Answer: ",
-    scale=(-20, 30), shuffle=False)
+    question="{features}. Given these diverse conditions, what is the projected Air Quality Index "
+             "(AQI) on a 0-100 scale? Answer: ",
+    scale=(-20, 30), shuffle=False, steps=4500)
 
 GAMES = {game.name: game for game in (STG, STG_H)}
 
@@ -102,9 +128,11 @@ class Example:
     """One question with its answer. Spans are (start, end) in characters of input + target."""
     input: str
     target: str
-    edges: tuple = ()  # ((effect span, cause span), ...): predicting the effect should look at the cause
-    roles: tuple = ()  # ((role, span), ...) of the numbers; empty when nobody knows
+    edges: tuple = ()  # ((effect span, cause span), ...): who predicts the effect looks at the cause
+    spurious: tuple = ()  # spans that merely go along with the answer, where known
+    irrelevant: tuple = ()  # spans of noise, where known
     source: str = ""  # "file:line", for messages
+    dropped: int = 0  # phrases of its labels that were not found
 
 
 def draw(feature, rng):
@@ -114,621 +142,512 @@ def draw(feature, rng):
     return rng.randint(feature.low, feature.high)
 
 
-def generate(game, n, ood=False, seed=0, edges="value", exclude=()):
-    """n rows of a game, no two alike in their numbers (the paper's synthetic benchmark).
-
-    ood: the spurious features stop copying and are drawn on their own. edges: "value" puts cause edges on the number
-    only ("8"), "span" on all of "Smoking: 8". exclude: Examples whose numbers must not come up again.
-    Returns a list of Example. The same arguments give the same rows everywhere: only Python's own generator is used.
-    Raises ValueError for n < 1, and when the game has too few different rows.
-    """
+def generate(game, n, ood=False, seed=0, exclude=()):
+    """n examples of a game, no two alike in their numbers (the paper's synthetic benchmark)."""
     if n < 1:
         raise ValueError(f"rows is {n}: give at least 1")
     rng = random.Random(f"{game.name} {ood} {seed}")
-    features = game.causal + game.spurious + game.irrelevant
-    seen = {numbers(example, game) for example in exclude}
+    seen = {numbers_of(example) for example in exclude}
     examples, misses = [], 0
     while len(examples) < n:
-        value = {f.name: draw(f, rng) + rng.gauss(0, f.noise) for f in game.causal + game.irrelevant}
+        value = {f: draw(f, rng) + rng.gauss(0, f.noise) for f in game.causal + game.irrelevant}
+        by_name = {f.name: value[f] for f in game.causal}
         for f in game.spurious:
-            copy = f.ratio * value[f.copies]
-            value[f.name] = draw(f, rng) if ood else copy + rng.gauss(0, f.noise) if f.noise else math.floor(copy)
-        score = sum(f.weight * value[f.name] for f in game.causal)
-        example = write(game, {f: f"{value[f.name]:.{f.decimals}f}" for f in features}, game.answer(score), edges, rng)
-        row = numbers(example, game)
-        misses = misses + 1 if row in seen else 0
+            copy = f.ratio * by_name[f.copies]
+            value[f] = (draw(f, rng) if ood else copy + rng.gauss(0, f.noise) if f.noise
+                        else math.floor(copy))
+        score = sum(f.weight * value[f] for f in game.causal)
+        shown = {f: f"{value[f]:.{f.decimals}f}" for f in value}
+        example = render(game, shown, game.answer(score), rng)
+        misses = misses + 1 if numbers_of(example) in seen else 0
         if misses == 1000:  # in a row
-            raise ValueError(f"rows is {n}: {game.name} has too few different rows, ask for fewer")
+            raise ValueError(f"rows is {n}: {game.name} has too few different examples, ask for fewer")
         if not misses:
-            seen.add(row)
+            seen.add(numbers_of(example))
             examples.append(example)
     return examples
 
 
-def write(game, shown, answer, edges, rng):
-    """The Example with the numbers `shown` ({feature: text}): writes the text and notes where each number stands."""
-    groups = [[(role, f) for f in getattr(game, role)] for role in ROLES[1:]]
-    separator = "; "
+def render(game, shown, answer, rng):
+    """The Example with the numbers `shown` ({feature: text}): its text, and where each stands."""
+    groups, separator = [list(group) for group in (game.causal, game.spurious, game.irrelevant)], "; "
     if game.shuffle:
         groups, separator = [sum(groups, [])], ", "
         rng.shuffle(groups[0])
-    before, after = game.question.split("{features}")
-    text, roles = before, []
+    text, after = game.question.split("{features}")
+    span = {}
     for g, group in enumerate(groups):
-        text += ". " if g else ""
-        for i, (role, f) in enumerate(group):
-            text += separator if i else ""
-            start = len(text)
-            text += f"{f.name}: "
-            roles.append((role, (start if edges == "span" else len(text), len(text) + len(shown[f]))))
-            text += shown[f] + f.unit
+        for i, f in enumerate(group):
+            text += separator if i else ". " if g else ""
+            span[f] = len(text), len(text) + len(f"{f.name}: {shown[f]}")
+            text += f"{f.name}: {shown[f]}{f.unit}"
     text += after
-    effect = (len(text), len(text) + len(answer))
-    return Example(text, answer, tuple((effect, span) for role, span in roles if role == "causal"), tuple(roles))
+    effect = len(text), len(text) + len(answer)
+    return Example(text, answer, tuple((effect, span[f]) for f in game.causal),
+                   tuple(span[f] for f in game.spurious), tuple(span[f] for f in game.irrelevant))
 
 
-def numbers(example, game):
-    """What makes a row of a game the same row: its numbers, whatever the order they are written in."""
-    before, after = game.question.split("{features}")
-    return tuple(sorted(example.input.removeprefix(before).removesuffix(after).split(", ")))
+def numbers_of(example):
+    """What makes two examples of a game the same: their numbers, in whatever order they stand."""
+    spans = [cause for _, cause in example.edges] + [*example.spurious, *example.irrelevant]
+    return tuple(example.input[slice(*span)] for span in spans)
 
 
-NUMBER = r"-?\d+(?:[.,]\d+)*"
+# One value each: 8, -6.9, .5, 1,000, 1/3, 7:50, 0-100, 2024-05-06, 1e-5. None: PM2.5, B12, F-16.
+NUMBER = re.compile(r"(?<!\w)(?<!\d[.,:/–-])(?<![^\W\d_]-)"  # not within a word or number
+                    r"[-−]?\.?\d+(?:[.,:/–-]\d+)*(?:[eE][-+]?\d+)?")
+WORD = re.compile(NUMBER.pattern + r"|\w+(?:(?<=\d)[.,:/–-]\d+)*")
+MANY = 100
+MISSING, INSIDE = f"phrases not in the text, or at over {MANY} places", "phrases inside words only"
+LATE = "causes not before their effect"
 
 
-def fold(text):
-    """Lower case, character by character: the few that would change length stay, so that positions stay true."""
-    return "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
+def numbers_in(text, span):
+    """The spans of the numbers in a span of text."""
+    return [number.span() for number in NUMBER.finditer(text, *span)]
 
 
-def occurrences(text, phrase, start=0):
-    """Every (start, end) at which phrase stands in text. A number at its ends must be whole: "1" is not in "10", "-1" or
-    "1.5"."""
-    found = []
-    start = text.find(phrase, start) if phrase else -1
-    while start >= 0:
-        end = start + len(phrase)
-        before, after = "  " + text[max(start - 2, 0):start], text[end:end + 2] + "  "
-        joins_left = phrase[0].isdigit() and (before[-1].isdigit() or before[-1] in ".," and before[-2].isdigit()
-                                              or before[-1] == "-" and not before[-2].isalnum())
-        joins_right = phrase[-1].isdigit() and (after[0].isdigit() or after[0] in ".," and after[1].isdigit())
-        if not joins_left and not joins_right:
-            found.append((start, end))
-        start = text.find(phrase, start + 1)
-    return found
+def torn(text, at):
+    """Whether a place in text has the same word or number on both sides."""
+    nearby = WORD.finditer(text, text.rfind(" ", 0, at) + 1, at + 4)
+    return any(word.start() < at < word.end() for word in nearby)
 
 
-def find(text, phrase, start=0):
-    """`occurrences`, exact; when there are none, in any case."""
-    return occurrences(text, phrase, start) or occurrences(fold(text), fold(phrase), start)
+@lru_cache(maxsize=10_000)
+def loose(phrase):
+    """The phrase as a pattern: any case, white space, quotes and composition of accents."""
+    phrase = unicodedata.normalize("NFC", phrase)
+    forms = {c: f"(?:{c}|{unicodedata.normalize('NFD', c)})" for c in phrase if c.isalpha()}
+    forms |= dict.fromkeys("'‘’′", "['‘’′]") | dict.fromkeys('"“”″', '["“”″]')
+    words = ("".join(forms.get(c) or re.escape(c) for c in word) for word in phrase.split())
+    return re.compile(r"\s+".join(words), re.IGNORECASE)
 
 
-def link(input, target, important, edges="value"):
-    """Phrases to edges (the paper's causal supervision signals): important is a list of {effect phrase: [cause phrases]}.
+def find(text, phrase, start=0, whole=True):
+    """Spans of text, from start on, that are the phrase exactly, or when there is none, loosely.
 
-    An effect is looked for in the target first, then everywhere; a cause counts only where it ends before its effect
-    starts. edges: "value" narrows a cause to the numbers in it, when it has one; "span" keeps it whole.
-    Returns (edges, missing, late): the edges as in Example, phrases that are not in the text, and causes that are but
-    never before their effect.
+    whole: neither begins nor ends inside a word or number ("he" in "the", "5" in "2.5").
     """
-    text, links, missing, late = input + target, [], [], []
-    for group in important:
-        for effect, causes in group.items():
-            effects = find(text, effect, len(input)) or find(text, effect)
-            if not effects:
-                missing.append(effect)
+    def fits(span):  # no word of the input goes on in the target, which begins at start
+        return not whole or not any(at > start and torn(text, at) for at in span)
+
+    phrase, spans, at = phrase.strip(), [], start - 1
+    while phrase and (at := text.find(phrase, at + 1)) >= 0:
+        spans.append((at, at + len(phrase)))
+    spans = [span for span in spans if fits(span)]
+    if phrase and not spans:
+        spans = [m.span() for m in loose(phrase).finditer(text, start) if fits(m.span())]
+    return spans
+
+
+def find_anyhow(text, phrase, starts, notes):
+    """`find` from the first of the starts that has the phrase, and only then inside words."""
+    for whole in (True, False):
+        for start in starts:
+            spans = find(text, phrase, start, whole)
+            if 0 < len(spans) <= MANY:
+                notes[INSIDE] += [] if whole else [phrase]
+                return spans
+    notes[MISSING].append(phrase)
+    return []
+
+
+def phrases_to_edges(input, target, important):
+    """Phrases to edges, the paper's causal supervision signals.
+
+    important: a list of {effect: [causes]}. An effect is looked for in the target, then everywhere;
+    a cause counts where it ends before its effect starts.
+    Returns (edges, notes): edges as in Example, notes {MISSING, INSIDE or LATE: [phrases]}.
+    """
+    text, edges, notes = input + target, {}, defaultdict(list)
+    for effect, causes in ((e, c) for group in important for e, c in group.items()):
+        effects = find_anyhow(text, effect, (len(input), 0), notes)
+        for cause in causes if effects else ():
+            spans = find_anyhow(text, cause, (0,), notes)
+            pairs = [(e, c) for e in effects for c in spans if c[1] <= e[0]]
+            edges.update(dict.fromkeys(pairs))
+            notes[LATE] += [cause] if spans and not pairs else []
+    return tuple(edges), notes
+
+
+def as_list(value):
+    return value if isinstance(value, list) else [value]
+
+
+def merge(pairs):
+    """A JSON object whose equal keys add up; json alone would keep the last."""
+    merged = {}
+    for key, value in pairs:
+        merged[key] = as_list(merged[key]) + as_list(value) if key in merged else value
+    return merged
+
+
+def parse_example(line, source=""):
+    """A line of JSON to (Example, notes as above). ValueError says what is wrong and what to do."""
+    try:
+        fields = json.loads(line, object_pairs_hook=merge)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"broken JSON ({str(error).split(':')[0]}): "
+                         "write one object on each line, as UTF-8") from None
+    if not isinstance(fields, dict):
+        raise ValueError('not a JSON object: write {"input": ..., "target": ...}')
+    if type(fields.get("target")) in (int, float) and abs(fields["target"]) < math.inf:
+        fields["target"] = str(fields["target"])
+    for key in ("input", "target"):
+        text = fields.get(key, "missing")
+        if key not in fields or not isinstance(text, str) or not text.strip() \
+                or re.search("[\ud800-\udfff]", text):
+            raise ValueError(f'"{key}" is {text!r:.40}: give a text'
+                             + " or a number" * (key == "target"))
+    input, target = fields["input"], fields["target"]
+    try:
+        important = [{effect: as_list(causes) for effect, causes in group.items()}
+                     for group in as_list(fields.get("important") or [])]
+        edges, notes = phrases_to_edges(input, target, important)
+        dropped, spans = len(notes[MISSING]), {}
+        for role in ("spurious", "irrelevant"):
+            found = [span for phrase in as_list(fields.get(role) or [])
+                     for span in find_anyhow(input, phrase, (0,), notes)]
+            spans[role] = tuple(span for span in dict.fromkeys(found) if is_free(span, edges))
+    except (AttributeError, TypeError):
+        raise ValueError('a label has the wrong shape: give "important": [{"effect": ["cause", ...]}, '
+                         '...] and "spurious": ["phrase", ...], or leave it out') from None
+    return Example(input, target, edges, **spans, source=source, dropped=dropped), notes
+
+
+def is_free(span, edges):
+    """Whether a span has no character in common with a cause."""
+    return all(end <= span[0] or span[1] <= start for _, (start, end) in edges)
+
+
+def read(path, skip_bad=False):
+    """A JSON Lines file of input, target and optional important, spurious and irrelevant (DOC) to
+    (list of Example, summary line).
+
+    A bad line raises ValueError as "file:line: what, and what to do", or is counted with skip_bad;
+    phrases that are not found are only counted. OSError when the file can't be read.
+    """
+    examples, counts, first = [], Counter(), {}
+    with open(path, "rb") as file:
+        for n, line in enumerate(file, 1):
+            if not line.strip():
                 continue
-            for cause in causes:
-                spans = find(text, cause)
-                pairs = [(e, c) for e in effects for c in spans if c[1] <= e[0]]
-                if not pairs:
-                    (late if spans else missing).append(cause)
-                for e, (start, end) in pairs:
-                    found = re.finditer(NUMBER, text[start:end]) if edges == "value" else ()
-                    links += [(e, (start + n.start(), start + n.end())) for n in found] or [(e, (start, end))]
-    return tuple(links), missing, late
+            try:
+                example, notes = parse_example(line, f"{path}:{n}")
+                examples.append(example)
+            except ValueError as error:
+                if not skip_bad:
+                    raise ValueError(f"{path}:{n}: {error}, or pass --skip-bad") from None
+                notes = {"bad lines skipped": [str(error)]}
+            for what in filter(notes.get, notes):
+                counts[what] += len(notes[what])
+                first.setdefault(what, f"line {n}: {notes[what][0]!r}")
+    if not examples:
+        raise ValueError(f"{path}: no examples: give one JSON object on each line")
+    answered = sum(any(effect[1] > len(e.input) for effect, _ in e.edges) for e in examples)
+    summary = (f"{path}: {len(examples)} examples, {sum(bool(e.edges) for e in examples)} supervised, "
+               f"{answered} of them at the answer")
+    return examples, summary + "".join(f"; {n} {what}, such as {first[what]}"
+                                       for what, n in counts.items())
 
 
-def shuffle_numbers(examples, seed):
-    """OOD rows made from labelled ones, each with an edge: in each input, the numbers that are no cause change places with
-    each other, so that what went along with a cause no longer does, while the answer stays true. Edges are left out."""
-    rng, shuffled = random.Random(seed), []
+def dump(examples):
+    """Examples as lines of JSON that `read` takes back unchanged."""
     for example in examples:
-        free = [number for number in re.finditer(NUMBER, example.input)
-                if not any(start < number.end() and number.start() < end for _, (start, end) in example.edges)]
-        values = [number.group() for number in free]
-        rng.shuffle(values)
-        text, at = "", 0
-        for number, value in zip(free, values):
-            text += example.input[at:number.start()] + value
-            at = number.end()
-        shuffled.append(Example(text + example.input[at:], example.target, source=example.source))
-    return shuffled
+        text, important = example.input + example.target, {}
+        for effect, cause in example.edges:
+            important.setdefault(text[slice(*effect)], {})[text[slice(*cause)]] = None
+        fields = {"input": example.input, "target": example.target,
+                  "important": [{effect: list(causes)} for effect, causes in important.items()],
+                  "spurious": [text[slice(*span)] for span in example.spurious],
+                  "irrelevant": [text[slice(*span)] for span in example.irrelevant]}
+        yield json.dumps({k: v for k, v in fields.items() if v}, ensure_ascii=False) + "\n"
 
 
-ITEM = rf"[A-Z][^,;:.]*: {NUMBER}[\w%]*(?=[,;.]?(?:\s|$))"
+def move_spans(example, input, move):
+    """The example with another input, each span moved by a function; as it is when one has no place
+    there (None) or a cause no longer ends before its effect."""
+    edges = tuple((move(effect), move(cause)) for effect, cause in example.edges)
+    spurious, irrelevant = (tuple(map(move, s)) for s in (example.spurious, example.irrelevant))
+    if None in sum(edges, spurious + irrelevant) or any(c[1] > e[0] for e, c in edges):
+        return example
+    return dataclasses.replace(example, input=input, edges=edges, spurious=spurious,
+                               irrelevant=irrelevant)
+
+
+def replace(example, changes):
+    """The example with changes = {span of the input: text}, its spans moved along."""
+    def move(span):
+        if not any(start < at < end for start, end in changes for at in span):
+            return tuple(at + sum(len(new) - (end - start) for (start, end), new in changes.items()
+                                  if end <= at) for at in span)
+
+    input = example.input
+    for (start, end), new in sorted(changes.items(), reverse=True):
+        input = input[:start] + new + input[end:]
+    return move_spans(example, input, move)
+
+
+def fixed_question(inputs):
+    """What all inputs begin and end with, in whole words: (prefix, suffix)."""
+    begin = os.path.commonprefix(inputs)
+    end = os.path.commonprefix([text[::-1] for text in inputs])[::-1]
+    return begin[:begin.rfind(" ") + 1], end[end.find(" "):] if " " in end else ""
+
+
+def hold_out(examples, share, seed):
+    """Splits examples into (train, iid, ood, changed), equal inputs on one side: iid is a share, 0 to
+    1, of the inputs. ValueError when nothing is left for one side.
+
+    ood: of the iid examples with edges and no dropped phrase, the numbers that belong to no cause,
+    shuffled in each input, so that what went along with a cause no longer does while the answer
+    stays true. What all inputs begin and end with is the question, and stays. changed: how many did.
+    """
+    rng, inputs = random.Random(seed), sorted({example.input for example in examples})
+    held_out = set(rng.sample(inputs, round(share * len(inputs)) if 0 < share < 1 else 0))
+    if not 0 < len(held_out) < len(inputs):
+        raise ValueError(f"a share of {share:g} of {len(inputs)} different inputs leaves no example on "
+                         "one side: give a share between 0 and 1, or more examples")
+    train = [example for example in examples if example.input not in held_out]
+    iid = [example for example in examples if example.input in held_out]
+    begin, end = (len(os.path.commonprefix([text[::step] for text in inputs])) for step in (1, -1))
+    ood, changed = [], 0
+    for example in iid:
+        if example.edges and not example.dropped:
+            length = len(example.input)
+            spans = [span for span in numbers_in(example.input, (0, length)) if begin < span[1]
+                     and span[0] < length - end and is_free(span, example.edges)]
+            values = [example.input[slice(*span)] for span in spans]
+            rng.shuffle(values)
+            ood.append(replace(example, dict(zip(spans, values))))
+            changed += ood[-1].input != example.input
+    return train, iid, ood, changed
+
+
+def redraw_spurious(examples, seed):
+    """The same examples, each spurious phrase that of a random example, of those alike but for the
+    number ("Hormones: 4", "Hormones: 2"); causes stay."""
+    def alike(example, span):
+        return NUMBER.sub("N", example.input[slice(*span)])
+
+    rng, pool = random.Random(seed), defaultdict(list)
+    for example in examples:
+        for span in example.spurious:
+            pool[alike(example, span)].append(example.input[slice(*span)])
+    return [replace(example, {span: rng.choice(pool[alike(example, span)])
+                              for span in example.spurious}) for example in examples]
+
+
+ITEM = re.compile(r"(?:^|(?<=[,;:.?!]\s))([^\W\d_](?:[^,;:.?!]|\.(?=\S))*): " + NUMBER.pattern
+                  + r"[\w%]*(?=[,;.]?(?:\s|$))")
 
 
 def reorder(example, rng):
-    """The same row with its "Name: number" items in another order; edges and roles move along. It stays as it is when that
-    would tear a span apart or put an effect before its cause, or when other words stand between two items."""
-    items, text = list(re.finditer(ITEM, example.input)), example.input + example.target
-    order, at = [], 0  # for each place, the place in `text` that its character comes from
-    for old, new in zip(items, rng.sample(items, len(items))):
-        order += [*range(at, old.start()), *range(*new.span())]
-        at = old.end()
-    order += range(at, len(text))
-    place = [new for _, new in sorted(zip(order, range(len(order))))]  # where each character of `text` goes
+    """The same example with the "Name: number" items of its input in another order, spans moved along.
+
+    It stays as it is when that would tear a span or put an effect before its cause, when other words
+    stand between two items, or when two items have one name.
+    """
+    text, items = example.input + example.target, list(ITEM.finditer(example.input))
+    cuts = [0, *sum((item.span() for item in items), ()), len(text)]
+    pieces = list(zip(cuts, cuts[1:]))  # items are every second one
+    if len({item[1] for item in items}) < len(items) or any(
+            re.search(r"\w", text[slice(*between)]) for between in pieces[2:-1:2]):
+        return example
+    order = list(pieces)
+    order[1::2] = rng.sample(pieces[1::2], len(items))
+    places = dict(zip(order, accumulate((end - start for start, end in order), initial=0)))
 
     def move(span):
-        start, end = place[span[0]], place[span[1] - 1] + 1
-        return (start, end) if place[slice(*span)] == list(range(start, end)) else None
+        for start, end in pieces:
+            if start <= span[0] and span[1] <= end:
+                return tuple(at - start + places[start, end] for at in span)
 
-    edges = tuple((move(effect), move(cause)) for effect, cause in example.edges)
-    roles = tuple((role, move(span)) for role, span in example.roles)
-    torn = any(None in edge or edge[1][1] > edge[0][0] for edge in edges) or any(span is None for _, span in roles)
-    if torn or any(re.search(r"\w", example.input[a.end():b.start()]) for a, b in zip(items, items[1:])):
-        return example
-    return Example("".join(text[i] for i in order)[:len(example.input)], example.target, edges, roles, example.source)
+    moved = "".join(text[slice(*piece)] for piece in order)
+    return move_spans(example, moved[:len(example.input)], move)
 
 
-def parse(line):
-    """One JSON line to (input, target, important). ValueError says what is wrong and what to do."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"broken JSON ({str(error).split(':')[0]}): write one object on each line") from None
-    if not isinstance(row, dict):
-        raise ValueError('not a JSON object: write {"input": ..., "target": ...}')
-    for key in ("input", "target"):
-        value = row.get(key)
-        if key == "target" and type(value) in (int, float) and abs(value) < math.inf:
-            row[key] = value = str(value)
-        if not isinstance(value, str) or not value.strip():
-            what = "is missing" if key not in row else "is empty" if isinstance(value, str) else f"is {value!r:.40}"
-            raise ValueError(f'"{key}" {what}: give a text{" or a number" if key == "target" else ""}')
-    try:
-        (row["input"] + row["target"]).encode()
-    except UnicodeEncodeError:
-        raise ValueError("half of a surrogate pair in the text: replace it") from None
-    important = row.get("important") or []
-    important = [important] if isinstance(important, dict) else important
-    try:
-        important = [{effect: [causes] if isinstance(causes, str) else causes for effect, causes in group.items()}
-                     for group in important]
-        if all(isinstance(cause, str) for group in important for causes in group.values() for cause in causes):
-            return row["input"], row["target"], important
-    except (AttributeError, TypeError):
-        pass
-    raise ValueError('"important" has the wrong shape: give [{"effect": ["cause", ...]}, ...] or leave it out')
-
-
-def read(path, edges="value", skip_bad=False):
-    """JSON Lines with input, target and optional important to (list of Example, summary line).
-
-    A byte order mark, CRLF and blank lines are fine. A bad line raises ValueError as "file:line: what, and what to do",
-    or is counted with skip_bad; phrases that are missing are always only counted. OSError when the file can't be read.
-    """
-    examples, shown, missing, late, bad, unlinked = [], [], 0, 0, 0, 0
-    with open(path, "rb") as file:
-        for n, line in enumerate(file, 1):
-            try:
-                line = line.decode("utf-8-sig" if n == 1 else "utf-8")
-                if not line.strip():
-                    continue
-                input, target, important = parse(line)
-            except ValueError as error:
-                if not skip_bad:
-                    what = "not UTF-8: save the file as UTF-8" if isinstance(error, UnicodeDecodeError) else error
-                    raise ValueError(f"{path}:{n}: {what}, or pass --skip-bad") from None
-                bad += 1
-                continue
-            links, row_missing, row_late = link(input, target, important, edges)
-            missing, late = missing + len(row_missing), late + len(row_late)
-            shown += [f"{n}: {phrase!r}" for phrase in row_missing + row_late][:3 - len(shown)]
-            unlinked += bool(important) and not links
-            examples.append(Example(input, target, links, source=f"{path}:{n}"))
-    if not examples:
-        raise ValueError(f"{path}: no rows: give one JSON object on each line")
-    summary = f"{path}: {len(examples)} rows, {sum(bool(e.edges) for e in examples)} supervised"
-    if bad:
-        summary += f"; skipped {bad} bad lines"
-    if missing or late:
-        summary += (f"; dropped {missing} phrases not in the text, {late} causes not before their effect, "
-                    f"{unlinked} rows left without an edge, such as line {', '.join(shown)}")
-    return examples, summary
-
-
-# GPT-2 puts a space before the word; here ": " is one token, so a prompt that ends in a space is cut where training cut it.
+# ": " is one token, so that a prompt that ends in a blank is cut where training cut it
 PATTERN = r"\p{N}{1,3}| ?\p{L}+|[^\s\p{L}\p{N}]+\s*|\s+"
 
 
-def build_tokenizer(texts, digits=3):
-    """A byte-level tiktoken.Encoding made from `texts`, without a download: it encodes any text and decodes it exactly.
-
-    One token: each byte, each whole number of up to `digits` digits (1 or 3), each word or mark that occurs at least twice.
-    """
-    pieces = [bytes([i]) for i in range(256)]
-    pieces += [str(i).encode() for i in range(10 ** digits)]
-    counts = Counter(piece for text in texts for piece in re.findall(r" ?[^\W\d_]+|[^\w\s]+\s*", text))
-    pieces += [piece.encode() for piece, count in counts.most_common(8192) if count > 1]
-    return tokenizer_from(list(dict.fromkeys(pieces)), digits)
+def build_tokenizer(texts):
+    """A byte-level tiktoken.Encoding made from `texts`, without a download: it encodes any text and
+    decodes it exactly. One token: each byte, each number of up to three digits that occurs, each
+    word or mark that occurs twice."""
+    counts = Counter(piece for text in texts
+                     for piece in re.findall(r"\d{1,3}| ?[^\W\d_]+|[^\w\s]+\s*", text))
+    pieces = [piece.encode() for piece, n in counts.most_common() if n > 1 or piece.isdecimal()]
+    return tokenizer_from(list(dict.fromkeys([bytes([i]) for i in range(256)] + pieces)))
 
 
-def tokenizer_from(pieces, digits=3):
-    """The tiktoken.Encoding whose token i is pieces[i], a list of bytes; END is the token after the last."""
-    return tiktoken.Encoding(name="game", pat_str=PATTERN.replace("3", str(digits)), special_tokens={END: len(pieces)},
+def tokenizer_from(pieces):
+    """The tiktoken.Encoding whose token i is pieces[i], bytes; END follows the last. ValueError
+    unless every byte is a piece and no piece comes twice."""
+    if len({*pieces}) < len(pieces) or not {bytes([i]) for i in range(256)} <= {*pieces}:
+        raise ValueError("pieces must hold every byte, and none twice")
+    return tiktoken.Encoding("game", pat_str=PATTERN, special_tokens={END: len(pieces)},
                              mergeable_ranks={piece: i for i, piece in enumerate(pieces)})
+
+
+def character_offsets(tokenizer, tokens):
+    """[(start, end)] of each token in characters; tokens of one character have the same place."""
+    pieces = tokenizer.decode_tokens_bytes(tokens)
+    bounds = list(accumulate(map(len, pieces), initial=0))
+    # the number of characters begun up to each byte: the later bytes of one are 10xxxxxx in UTF-8
+    begun = list(accumulate(byte & 0xC0 != 0x80 for byte in b"".join(pieces)))
+    return [(begun[start] - 1, begun[end - 1]) for start, end in zip(bounds, bounds[1:])]
+
+
+def tokens_of(span, offsets):
+    """The tokens that share a character with a span."""
+    return [t for t, (start, end) in enumerate(offsets) if start < span[1] and span[0] < end]
+
+
+def token_edges(edges, offsets):
+    """Edges between spans to sorted (query, key) pairs of tokens, for any tokenizer.
+
+    edges: ((effect span, cause span), ...), as in Example. offsets: [(start, end)] of the tokens in
+    characters, as a fast tokenizer returns with return_offsets_mapping=True; (0, 0) is no text.
+    A decoder predicts token t + 1 at position t: an effect on tokens s..e is predicted by the
+    queries s-1..e-1, and those get the edges. Keys are the cause's tokens before s."""
+    pairs = set()
+    for effect, cause in edges:
+        predicted, keys = tokens_of(effect, offsets), tokens_of(cause, offsets)
+        pairs.update((t - 1, key) for t in predicted for key in keys if t > 0 and key < predicted[0])
+    return sorted(pairs)
+
+
+def chosen_edges(example, edges, rng):
+    """The edges of an Example with the causes narrowed to their numbers (edges "value"; "Smoking: 8"
+    to "8") or whole ("span"); as controls, with spurious numbers ("spurious") or as many random words
+    ("random") in their place."""
+    text = example.input + example.target
+    if edges == "span":
+        return example.edges
+    number = lambda span: numbers_in(text, span) or [span]
+    true = [(effect, part) for effect, cause in example.edges for part in number(cause)]
+    if edges == "value":
+        return true
+    chosen = []
+    for effect, n in Counter(effect for effect, _ in true).items():
+        wrong = [part for span in example.spurious for part in number(span)]
+        if edges == "random":
+            words = [word.span() for word in re.finditer(r"\w+", text[:effect[0]])]
+            wrong = rng.sample(words, min(n, len(words)))
+        chosen += [(effect, part) for part in wrong]
+    return chosen
+
+
+SEPARATOR = re.compile(rf"(?s).*(?:[,;.?!]\s|\n|{NUMBER.pattern})\s*")
+
+
+def item_of(text, span):
+    """The item that a span stands in: from the last separator or number before the span to its end,
+    such as "Smoking: 8" for "8" and "Answer: High Risk" for "High Risk"."""
+    before = SEPARATOR.match(text, 0, span[0])
+    return before.end() if before else 0, span[1]
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """N encoded rows, padded on the right to the longest, T tokens. Tensors are made once; a batch is cut from them."""
+    """N encoded examples, padded on the right to the longest, T tokens; a batch is cut from it."""
+    tokenizer: tiktoken.Encoding
+    question: tuple  # what all inputs begin and end with
     idx: torch.Tensor  # (N, T) token ids
     targets: torch.Tensor  # (N, T) the token after each position, -100 where there is none
     answer: torch.Tensor  # (N, T) bool: positions that predict a token of the answer, END included
-    role: torch.Tensor  # (N, T) index into ROLES, int8
-    edges: torch.Tensor  # (E, 2) query and key of each edge, row after row
-    first_edge: torch.Tensor  # (N + 1,) where each row's edges start in `edges`
+    role: torch.Tensor  # (N, T) index into ROLES
+    item: torch.Tensor  # (N, T) where the item of each cause and effect token starts; else T or more
+    edges: torch.Tensor  # (E, 2) query and key of each edge, example after example
+    first_edge: torch.Tensor  # (N + 1,) where each example's edges start in `edges`
 
 
-def encode(examples, tokenizer, block_size, device="cpu", skip_bad=False):
-    """Examples to a Dataset. Character spans become tokens; edges are moved to the queries that predict.
-
-    A decoder predicts token t + 1 at position t: an effect on tokens s..e is predicted by rows s-1..e-1, and those are
-    the rows that get the edges. Keys are the cause's tokens before s, so no edge points at the future.
-    A row longer than block_size raises ValueError with its file and line, or is left out with skip_bad.
-    """
-    end = tokenizer.encode_single_token(END)
-    ids, roles, edges = array("i"), array("b"), array("i")  # row after row; a list would take ten times the memory
+def encode(examples, tokenizer, edges="value", device="cpu", seed=0):
+    """Examples to a Dataset. edges: see `chosen_edges`; seed: of "random"."""
+    end, rng, far = tokenizer.encode_single_token(END), random.Random(seed), 2 ** 30
+    ids, roles, items, pairs = (array("i") for _ in range(4))  # flat: lists take ten times the memory
     prompts, lengths, first_edge = [], [], [0]
-    for n, example in enumerate(examples):
-        prompt, answer = tokenizer.encode_ordinary(example.input), tokenizer.encode_ordinary(example.target)
-        tokens = prompt + answer
-        if len(tokens) > block_size:
-            if skip_bad:
-                continue
-            raise ValueError(f"{example.source or f'row {n + 1}'}: {len(tokens)} tokens, over block_size {block_size}: "
-                             "shorten the text, or raise --block-size, or pass --skip-bad")
-        text = example.input + example.target
-        pieces = tokenizer.decode_tokens_bytes(tokens) if example.edges or example.roles else ()  # only spans need them
-        bounds = list(accumulate(map(len, pieces), initial=0))  # token t is the bytes bounds[t]..bounds[t + 1]
-
-        def tokens_of(span):
-            start, stop = (len(text[:i].encode()) for i in span)
-            return range(bisect.bisect_right(bounds, start) - 1, bisect.bisect_left(bounds, stop))
-
-        pairs = set()
-        for effect, cause in example.edges:
-            effect, keys = tokens_of(effect), tokens_of(cause)
-            pairs.update((t - 1, key) for t in effect for key in keys if t > 0 and key < effect[0])
-        for pair in sorted(pairs):
-            edges.extend(pair)
-        role = [0] * len(tokens)
-        for name, span in example.roles:
-            for t in tokens_of(span):
-                role[t] = ROLES.index(name)
+    for example in examples:
+        text, prompt = example.input + example.target, tokenizer.encode_ordinary(example.input)
+        tokens = prompt + tokenizer.encode_ordinary(example.target)
+        offsets = character_offsets(tokenizer, tokens)
+        linked = chosen_edges(example, edges, rng)
+        for pair in token_edges(linked, offsets):
+            pairs.extend(pair)
+        item, role = [far] * len(tokens), [0] * len(tokens)
+        for span in {span for edge in linked for span in edge}:
+            inside = tokens_of(item_of(text, span), offsets)
+            for t in inside:
+                item[t] = min(item[t], inside[0])
+        causal = [cause for effect, cause in example.edges if effect[1] > len(example.input)]
+        for r, spans in enumerate((causal, example.spurious, example.irrelevant), 1):
+            for part in (part for span in spans for part in
+                         (edges != "span" and numbers_in(text, span) or [span])):
+                for t in tokens_of(part, offsets):
+                    role[t] = r
         ids.extend(tokens)
         roles.extend(role)
+        items.extend(item)
         prompts.append(len(prompt))
         lengths.append(len(tokens))
-        first_edge.append(len(edges) // 2)
-    if not lengths:
-        raise ValueError(f"no row fits in block_size {block_size}: raise --block-size")
+        first_edge.append(len(pairs) // 2)
     prompts, lengths = torch.tensor(prompts)[:, None], torch.tensor(lengths)[:, None]  # (N, 1) each
     position = torch.arange(lengths.max() + 1)
     held = position < lengths  # (N, T + 1)
-    idx = torch.full(held.shape, end)
-    idx[held] = torch.tensor(np.array(ids), dtype=torch.long)
-    role = torch.zeros(held.shape, dtype=torch.int8)
-    role[held] = torch.tensor(np.array(roles))
-    targets = idx[:, 1:].masked_fill(~held[:, :-1], -100)
-    answer = held & (position >= prompts - 1)
-    edges = torch.tensor(np.array(edges).reshape(-1, 2))
-    tensors = idx[:, :-1], targets, answer[:, :-1], role[:, :-1], edges, torch.tensor(first_edge)
-    return Dataset(*(tensor.contiguous().to(device) for tensor in tensors))
+
+    def pad(flat, value):
+        padded = torch.full(held.shape, value)
+        padded[held] = torch.tensor(np.array(flat), dtype=torch.long)
+        return padded[:, :-1]
+
+    idx, answer = pad(ids, end), held & (position >= prompts - 1)
+    targets = torch.cat((idx[:, 1:], torch.full_like(prompts, end)), dim=1)
+    tensors = (idx, targets.masked_fill(~held[:, :-1], -100), answer[:, :-1], pad(roles, 0),
+               pad(items, far), torch.tensor(np.array(pairs).reshape(-1, 2)).long(), torch.tensor(first_edge))
+    return Dataset(tokenizer, fixed_question([example.input for example in examples]),
+                   *(tensor.contiguous().to(device) for tensor in tensors))
 
 
-def adjacency_of(data, rows):
-    """Dense adjacency (B, T, T), bool, of the rows (B,) of a Dataset: [b, i, j] is an edge from query i to key j."""
-    counts = data.first_edge[rows + 1] - data.first_edge[rows]  # (B,)
-    b = torch.repeat_interleave(counts)  # (E,) which row of the batch each edge is of
+def adjacency_of(data, ix):
+    """(B, T, T), bool, for the examples ix, (B,): [b, i, j] is an edge from query i to key j."""
+    counts = data.first_edge[ix + 1] - data.first_edge[ix]  # (B,)
+    b = torch.repeat_interleave(counts)  # (E,) which example of the batch each edge is of
     within = torch.arange(len(b), device=b.device) - (counts.cumsum(0) - counts)[b]
-    query, key = data.edges[data.first_edge[rows][b] + within].unbind(-1)
-    adjacency = torch.zeros(len(rows), data.idx.shape[1], data.idx.shape[1], dtype=torch.bool, device=b.device)
+    query, key = data.edges[data.first_edge[ix][b] + within].unbind(-1)
+    T = data.idx.shape[1]
+    adjacency = torch.zeros(len(ix), T, T, dtype=torch.bool, device=b.device)
     adjacency[b, query, key] = True
     return adjacency
 
 
-def describe(examples, tokenizer):
-    """What was understood of the examples, as lines of text, with the edges of one of them drawn."""
-    labels = Counter(example.target for example in examples)
-    data = encode(examples, tokenizer, sys.maxsize)
-    lengths = (data.targets != -100).sum(dim=1).sort().values
-    linked = data.first_edge.diff().nonzero()[:, 0]
-    lines = [f"answers: {len(labels)}, " + ", ".join(f"{label!r} {n / len(examples):.1%}" for label, n in labels.most_common(5)),
-             f"tokens: {lengths[0]} to {lengths[-1]}, median {lengths[len(lengths) // 2]}, {tokenizer.n_vocab} in the vocabulary",
-             f"edges: {len(data.edges)} in {len(linked)} of {len(examples)} rows"]
-    if len(linked):
-        n, looks = int(linked[0]), {}
-        for query, key in data.edges[slice(*data.first_edge[n:n + 2].tolist())].tolist():
-            looks.setdefault(query, []).append(key)
-        token = [repr(tokenizer.decode([t])) for t in data.idx[n].tolist()]
-        lines += [examples[n].input + examples[n].target, "each query, the token it predicts, the keys it should look at:"]
-        for query, keys in looks.items():
-            shown = "  ".join(f"{token[key]} at {key}" for key in keys)
-            lines.append(f"  {token[query]} at {query} predicts {token[query + 1]}  <-  {shown}")
-    return "\n".join(lines)
+def inside_of(data, ix):
+    """(B, T, T), bool: the adjacency of the layers below, where each token of an item looks inside it,
+    at itself and what stands before. Not shifted by one: it is about what a token holds, not about
+    what it predicts."""
+    position = torch.arange(data.idx.shape[1], device=data.idx.device)
+    return (data.item[ix][:, :, None] <= position) & (position <= position[:, None])
 
 
-def dump(examples):
-    """Examples as JSON Lines in the format that `read` takes; causes are written as their edges have them, each text once."""
-    for example in examples:
-        text, important = example.input + example.target, {}
-        for effect, cause in example.edges:
-            important.setdefault(text[slice(*effect)], {})[text[slice(*cause)]] = True
-        row = {"input": example.input, "target": example.target}
-        if important:
-            row["important"] = [{effect: list(causes) for effect, causes in important.items()}]
-        yield json.dumps(row, ensure_ascii=False) + "\n"
+def character_tokens(tokenizer, tokens):
+    """Tokens as (text, [positions]); those that share a character are together."""
+    offsets, groups = character_offsets(tokenizer, tokens), []
+    text = tokenizer.decode(tokens)
+    for t, (start, end) in enumerate(offsets):
+        if groups and start < groups[-1][1]:
+            groups[-1][1] = max(end, groups[-1][1])
+            groups[-1][2].append(t)
+        else:
+            groups.append([start, end, [t]])
+    return [(text[start:end], positions) for start, end, positions in groups]
+
+
+def pieces_of(tokenizer):
+    return [tokenizer.decode_single_token_bytes(i).decode("latin-1") for i in range(tokenizer.n_vocab - 1)]
 
 
 def save(path, content):
-    """Writes the bytes to path + ".tmp", then renames that to path: there the old file or the new one is whole, at any moment.
-    OSError, with the path, when it can't be written or is something else than a file."""
-    temporary = f"{path}.tmp"
-    try:
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise OSError(errno.EINVAL, "Not a regular file")
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, path) from None
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-
-
-INSTRUCTION = """Each line below is a text as JSON: an input and the target that follows it. "important" says which phrases
-decide which later ones, as {effect: [causes]}; the effect is most often the target. Copy the phrases from the text letter by
-letter. A cause stands before its effect; what merely goes along with an effect is no cause. Reply with the "important" of the
-last line, and nothing else.
-
-"""
-MOST = 1_000_000  # bytes read of a reply
-
-
-def ask(command, prompt, time_limit, stop):
-    """What a command (a list of words, run without a shell) prints when it reads the prompt on standard input.
-
-    Raises ValueError when it fails, prints more than MOST bytes, or is not done after time_limit seconds or when the event
-    `stop` is set: then it is killed with its whole process group. OSError when it can't be started.
-    """
-    with tempfile.TemporaryFile() as file:  # writing to a pipe could block on a command that does not read
-        file.write(prompt.encode())
-        file.seek(0)
-        process = subprocess.Popen(command, stdin=file, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
-    reply, closed, end = bytearray(), False, time.monotonic() + time_limit
-    with process:
-        while (not closed or process.poll() is None) and len(reply) <= MOST and time.monotonic() < end and not stop.is_set():
-            if closed:
-                stop.wait(0.01)
-            elif select.select([process.stdout], [], [], 0.1)[0]:
-                chunk = os.read(process.stdout.fileno(), 1 << 16)
-                reply += chunk
-                closed = not chunk
-        killed = process.returncode is None
-        if killed:
-            os.killpg(process.pid, signal.SIGKILL)
-    if killed:
-        raise ValueError(f"over {MOST} bytes" if len(reply) > MOST else f"not done in {time_limit:g} seconds")
-    if process.returncode:
-        raise ValueError(f"exit status {process.returncode}")
-    return reply.decode(errors="replace")
-
-
-def label(reply, input, target):
-    """The Example that an assistant's reply makes of a text: from the last {effect: [causes]}, or list of them, with an edge.
-
-    Only what `link` finds is kept: phrases of the text, cause before effect. Raises ValueError when that is nothing.
-    """
-    reply, values, end = reply[-50_000:], [], 0  # the answer comes last, and braces that open nothing take quadratic time
-    for brace in re.finditer(r'{(?=\s*")|\[(?=\s*{)', reply):
-        if brace.start() >= end:
-            try:
-                value, end = json.JSONDecoder().raw_decode(reply, brace.start())
-            except (ValueError, RecursionError):
-                continue
-            values += [value, value.get("important")] if isinstance(value, dict) else [value]
-    for value in reversed(values):
-        try:
-            important = parse(json.dumps({"input": input, "target": target, "important": value}))[2]
-        except (ValueError, RecursionError):
-            continue
-        pairs = dict.fromkeys((effect, cause) for group in important for effect, causes in group.items() for cause in causes)
-        edges = link(input, target, [{effect: [cause]} for effect, cause in pairs], "span")[0]
-        if edges:
-            return Example(input, target, edges)
-    raise ValueError("no {effect: [causes]} with phrases of the text in the reply")
-
-
-def finished(path):
-    """The rows of an output file as {(input, target): [line, ...]}, without a last line cut by a kill; {} without a file.
-
-    Raises ValueError for any other line that is no row, as "file:line: what, and what to do".
-    """
-    rows, lines = {}, Path(path).read_bytes().split(b"\n") if os.path.exists(path) else []
-    for n, line in enumerate(lines, 1):
-        try:
-            text = line.decode("utf-8-sig").strip()
-            if text:
-                rows.setdefault(parse(text)[:2], []).append(text + "\n")
-        except ValueError as error:
-            if n < len(lines) or not b'{"input": '.startswith(line[:10]):
-                raise ValueError(f"{path}:{n}: {error}, or give another --out") from None
-    return rows
-
-
-def unanswered(rows, lines):
-    """The Examples that have no line in what `finished` returns; a line is the answer to one of several equal rows."""
-    spare, left = Counter({key: len(same) for key, same in lines.items()}), []
-    for row in rows:
-        spare[row.input, row.target] -= 1
-        if spare[row.input, row.target] < 0:
-            left.append(Example(row.input, row.target, source=row.source))
-    return left
-
-
-def annotate(questions, demos, assistant, out, jobs=4, time_limit=60, skip_bad=False):
-    """Label the rows of a file (the paper's first step: human examples, then an assistant) and print what came of it.
-
-    questions, demos, out: JSON Lines files. Every demo needs a usable "important"; that of a question is not looked at.
-    assistant: a command that reads a prompt and prints a reply. It gets three tries of time_limit seconds a row, `jobs` rows
-    at once; a row without a usable reply is written without "important". Rows already in out are kept. A row is appended
-    when it is done; at the end the rows are put in the order of the questions, those of no question last.
-    Raises ValueError or OSError, for wrong arguments before out is touched, and KeyboardInterrupt with the number of rows done.
-    """
-    try:
-        command = shlex.split(assistant)
-    except ValueError as error:
-        raise ValueError(f"--assistant is {assistant!r}: {error}, quote it as for a shell") from None
-    if not command or not shutil.which(command[0]):
-        raise ValueError(f"--assistant is {assistant!r}: no such command, give a program that reads a prompt and prints a reply")
-    if not 1 <= jobs <= 100 or not time_limit > 0:
-        raise ValueError(f"--jobs is {jobs} and --time-limit {time_limit:g}: give 1 to 100 jobs and more than 0 seconds")
-    if os.path.exists(out) and (not os.path.isfile(out) or any(os.path.samefile(out, path) for path in (questions, demos))):
-        raise ValueError(f"--out is {out}: give a file of its own")
-    (shown, demos_summary), (rows, summary) = read(demos, "span", skip_bad), read(questions, "span", skip_bad)
-    for demo in shown:
-        if not demo.edges:
-            raise ValueError(f'{demo.source}: no usable "important": give {{effect: [causes]}} with phrases of the text')
-    lines, prompt, stop = finished(out), INSTRUCTION + "".join(dump(shown)), threading.Event()
-
-    def answer(row):
-        for _ in range(3):
-            try:
-                return label(ask(command, prompt + next(dump([row])), time_limit, stop), row.input, row.target), ""
-            except ValueError as error:
-                why = f", such as {row.source}: {error}"
-        return row, why
-
-    def rewrite(lines):
-        save(out, "".join(lines).encode())
-
-    print(f"{demos_summary}\n{summary}")
-    rewrite(line for same in lines.values() for line in same)
-    todo, why, pool = unanswered(rows, lines), "", ThreadPoolExecutor(jobs)
-    try:
-        with open(out, "a", encoding="utf-8") as file:
-            answers = as_completed([pool.submit(answer, row) for row in todo])
-            for future in tqdm(answers, total=len(rows), initial=len(rows) - len(todo), disable=None):
-                row, failure = future.result()
-                file.write(next(dump([row])))
-                file.flush()
-                why = failure or why
-    except KeyboardInterrupt:
-        done = len(rows) - len(unanswered(rows, finished(out)))
-        raise KeyboardInterrupt(f"stopped with {done} of {len(rows)} rows in {out}: the same command continues") from None
-    finally:
-        stop.set()
-        pool.shutdown(cancel_futures=True)
-    lines = finished(out)
-    ordered = [lines[row.input, row.target].pop(0) for row in rows]
-    rewrite(ordered + [line for same in lines.values() for line in same])
-    labelled, summary = read(out)
-    print(f"{summary}; {sum(not row.edges for row in labelled)} without a usable reply{why}")
-
-
-def compare(labelled, truth, edges="value", skip_bad=False):
-    """How well the edges of a labelled file are those of a true one, as lines of text; rows are paired by input and target.
-
-    Precision is the share of the labelled edges that are true, recall the share of the true edges that are labelled, F1 their
-    harmonic mean; all are 1 where neither file has an edge, 0 where only one has. ValueError when no row has a partner.
-    """
-    def scores(both, found, true):
-        return (both / found, both / true, 2 * both / (found + true)) if found and true else (float(found == true),) * 3
-
-    (rows, summary), (true_rows, true_summary) = read(labelled, edges, skip_bad), read(truth, edges, skip_bad)
-    partners, counts = {}, {}  # counts: {"file:line": (edges in both, labelled edges, true edges)}
-    for row in true_rows:
-        partners.setdefault((row.input, row.target), []).append(set(row.edges))
-    for row in rows:
-        if partners.get((row.input, row.target)):
-            found, true = set(row.edges), partners[row.input, row.target].pop(0)
-            counts[row.source] = len(found & true), len(found), len(true)
-    if not counts:
-        raise ValueError(f"{labelled}: no row is in {truth} too, with its input and target: compare files of the same questions")
-    n, by_row = len(counts), {row: scores(*counts[row]) for row in counts}
-    both, found, true = map(sum, zip(*counts.values()))
-    shown = "precision {:.3f}, recall {:.3f}, F1 {:.3f}".format
-    worst = sorted((row for row in by_row if by_row[row][2] < 1), key=lambda row: by_row[row][2])[:3]
-    return "\n".join([summary, true_summary,
-                      f"{n} rows compared; without a partner: {len(rows) - n} labelled, {len(true_rows) - n} true",
-                      f"all edges: {shown(*scores(both, found, true))} ({found} labelled, {true} true, {both} both)",
-                      f"mean over rows: {shown(*(sum(column) / n for column in zip(*by_row.values())))}",
-                      *(f"worst: {row}: {shown(*by_row[row])}" for row in worst)])
-
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(prog="data.py", description="Describe a FILE, generate one with --game, label one with "
-                                     "--annotate, or compare labels with --check.")
-    parser.error = lambda message: parser.exit(2, f"data.py: {message}\n")  # one line, without the usage
-    parser.add_argument("file", nargs="?", help="JSON Lines file to describe")
-    parser.add_argument("--game", choices=GAMES, help="generate rows of this game")
-    parser.add_argument("--rows", type=int, default=1600, help="rows to generate (default 1600)")
-    parser.add_argument("--ood", action="store_true", help="spurious features stop copying")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the generated rows (default 0)")
-    parser.add_argument("--annotate", metavar="FILE", help="label the rows of this file; the same command goes on")
-    parser.add_argument("--demos", metavar="FILE", help="rows labelled by hand, shown to the assistant")
-    parser.add_argument("--assistant", metavar="COMMAND", help="program that reads a prompt and prints a reply")
-    parser.add_argument("--jobs", type=int, default=4, help="rows to ask for at once (default 4)")
-    parser.add_argument("--time-limit", type=float, default=60, help="seconds for a reply, three tries a row (default 60)")
-    parser.add_argument("--out", help="file to write the generated or labelled rows to")
-    parser.add_argument("--check", metavar="FILE", help="compare the labels of this file ...")
-    parser.add_argument("--against", metavar="FILE", help="... with the true labels of this one")
-    parser.add_argument("--edges", choices=("value", "span"), default="value", help="what of a cause to look at (default value)")
-    parser.add_argument("--skip-bad", action="store_true", help="skip and count bad lines instead of stopping")
-    args = parser.parse_args(argv)
-    uses = {"file": "edges skip_bad", "game": "rows ood seed out edges", "check": "against edges skip_bad",
-            "annotate": "demos assistant jobs time_limit out skip_bad"}
-    modes = [mode for mode in uses if getattr(args, mode) is not None]
-    if len(modes) != 1:
-        parser.error("give one of: a FILE to describe, --game to generate, --annotate to label, --check to compare")
-    mode = modes[0]
-    for name, value in vars(args).items():
-        flag, used = "--" + name.replace("_", "-"), name in uses[mode].split()
-        if value is None and used and mode != "game":
-            parser.error(f"--{mode} needs {flag}: give it too")
-        if value != parser.get_default(name) and not used and name != mode:
-            parser.error(f"{flag} does not go with {'FILE' if mode == 'file' else '--' + mode}: leave it out")
-    try:
-        if mode == "annotate":
-            annotate(args.annotate, args.demos, args.assistant, args.out, args.jobs, args.time_limit, args.skip_bad)
-        elif mode == "check":
-            print(compare(args.check, args.against, args.edges, args.skip_bad))
-        else:
-            if mode == "game":
-                examples = generate(GAMES[args.game], args.rows, args.ood, args.seed, args.edges)
-                print(f"{args.game}: {len(examples)} rows, {'ood' if args.ood else 'iid'}, seed {args.seed}")
-            else:
-                examples, summary = read(args.file, args.edges, args.skip_bad)
-                print(summary)
-            print(describe(examples, build_tokenizer(e.input + e.target for e in examples)))
-        if mode == "game" and args.out:
-            rows = generate(GAMES[args.game], args.rows, args.ood, args.seed, "span")
-            save(args.out, "".join(dump(rows)).encode())
-            print(f"wrote {args.out}")
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"data.py: {error}{': check the path' if isinstance(error, OSError) else ''}\n")
-    except KeyboardInterrupt as error:
-        parser.exit(130, f"data.py: {str(error) or 'stopped'}\n")
-
-
-if __name__ == "__main__":
-    main()
+    """Writes bytes to path by way of path + ".tmp": there the old file or the new one is whole."""
+    with open(f"{path}.tmp", "wb") as file:
+        file.write(content)
+    os.replace(f"{path}.tmp", path)
