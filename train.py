@@ -7,7 +7,6 @@ if __name__ == "__main__":  # before the slow imports: Ctrl-C is one line at any
 
 import argparse
 import functools
-import glob
 import html
 import io
 import json
@@ -16,6 +15,7 @@ import os
 import random
 import zlib
 from collections import Counter
+from pathlib import Path
 from statistics import mean, stdev
 
 import torch
@@ -119,23 +119,23 @@ def read_out(attentions, args):
     return average_attention([attentions[layer] for layer in args.layers])
 
 
-def losses(model, data, ix, args, use_cat):
+def losses(model, data, ix, args):
     """L_next and L_attn on the examples ix, (B,), of a Dataset."""
     logits, attentions = model(data.idx[ix])
     targets, answer = data.targets[ix], data.answer[ix]  # (B, T) each
-    l_next, l_attn = 0.0, torch.zeros(())
+    l_next = 0.0
     if args.loss != "answer":
         l_next = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
     if args.loss != "all":  # once more: it drowns among numbers that nobody can predict
         l_next = l_next + F.cross_entropy(logits[answer], targets[answer])
-    if use_cat:
-        attn, adjacency = read_out(attentions, args), adjacency_of(data, ix)
-        l_attn = re_attention_loss(attn, adjacency, args.alpha, args.form)
-        below = attentions[:max(layer % args.n_layer for layer in args.layers)]
-        if below and not args.open_path:
-            # there, causes and answer look inside their own item: no other number rides along
-            attn, adjacency = average_attention(below), inside_of(data, ix)
-            l_attn = l_attn + re_attention_loss(attn, adjacency, args.alpha, args.form)
+    # the layers that read out look at the causes
+    attn, adjacency = read_out(attentions, args), adjacency_of(data, ix)
+    l_attn = re_attention_loss(attn, adjacency, args.alpha, args.form)
+    below = attentions[:max(layer % args.n_layer for layer in args.layers)]
+    if below and not args.open_path:
+        # there, causes and answer look inside their own items, so that nothing else rides along
+        attn, adjacency = average_attention(below), inside_of(data, ix)
+        l_attn = l_attn + re_attention_loss(attn, adjacency, args.alpha, args.form)
     return l_next, l_attn
 
 
@@ -181,15 +181,15 @@ def train(args, seed, run, data, metrics):
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
     metrics += state["metrics"]
-    recent = []  # L_next since the last line
+    recent = []  # L_next and L_attn since the last line
     for step in range(state["step"], args.steps):
         # 1. the share of training done sets the learning rate and the weight of L_attn
         done = step / args.steps
         lr = args.lr * min(20 * (done + 1 / args.steps), 0.5 + 0.5 * math.cos(math.pi * done))
-        gamma = gamma_at(done, args.gamma, args.decay)
+        gamma = gamma_at(done, args.gamma, args.decay) if run == "cat" else 0.0
         # 2. L = L_next + gamma * L_attn on the next examples
         ix = order[step * B:(step + 1) * B]
-        l_next, l_attn = losses(model, data["train"], ix, args, run == "cat")
+        l_next, l_attn = losses(model, data["train"], ix, args)
         loss = l_next + gamma * l_attn
         if not math.isfinite(loss.item()):
             raise ValueError(f"loss is {loss.item()} at step {step} ({run}): lower --lr or --gamma")
@@ -199,28 +199,28 @@ def train(args, seed, run, data, metrics):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        recent.append(l_next.item())
+        recent.append((l_next.item(), l_attn.item()))
         # 4. after every tenth of the run: watch, log, save
         if (step + 1) * 10 // args.steps > step * 10 // args.steps:
-            with torch.no_grad():  # both runs say what CAT asks for
-                ix = torch.arange(n)[:WATCH]
+            with torch.no_grad():
                 attn = read_out(model(data["train"].idx[ix])[1], args)
-                causal, other = attention_ratio(attn, adjacency_of(data["train"], ix))
-                l_attn = losses(model, data["train"], ix, args, True)[1]
-            line = {"run": run, "seed": seed, "step": step + 1, "loss": mean(recent),
-                    "attn_loss": l_attn.item(), "ratio": (causal.sum() / other.sum()).item()}
+            causal, other = attention_ratio(attn, adjacency_of(data["train"], ix))  # (R,) each
+            line = dict(zip(("loss", "attn_loss"), map(mean, zip(*recent))))
+            line["ratio"] = (causal.sum() / other.sum()).item()
             for name in (name for name in data if "watch" in name):
                 answers, _ = evaluate(model, data[name], args)
                 line[name[6:]] = mean(guess == right for guess, right in answers)
-            recent = []
-            print(line, file=sys.stderr)
+            line = {"run": run, "seed": seed, "step": step + 1,
+                    **{name: round(value, 4) for name, value in line.items()}}
+            print(json.dumps(line), file=sys.stderr)
             metrics.append(line)
-            save(f"{args.out}/metrics.jsonl", "".join(json.dumps(x) + "\n" for x in metrics).encode())
-            state["metrics"].append(line)
-            state |= {"step": step + 1, "model": model.state_dict(),
-                      "optimizer": optimizer.state_dict()}
+            text = "".join(json.dumps(line) + "\n" for line in metrics)
+            save(os.path.join(args.out, "metrics.jsonl"), text.encode())
+            state |= {"step": step + 1, "metrics": state["metrics"] + [line],
+                      "model": model.state_dict(), "optimizer": optimizer.state_dict()}
             torch.save(state, file := io.BytesIO())
             save(path, file.getvalue())
+            recent = []
     return model
 
 
@@ -355,7 +355,7 @@ def curves_svg(metrics):
 def run_all(args):
     """All seeds, without and with CAT, the table and the pictures."""
     runs = ["no-cat"] * (not args.cat) + ["cat"] * (not args.no_cat)
-    prepare(args.out, [f"{run}-{seed}.pt" for run in runs for seed in args.seed], args.resume)
+    prepare(Path(args.out), [f"{run}-{seed}.pt" for run in runs for seed in args.seed], args.resume)
     table, metrics, tests = [], [], {}
     for seed in args.seed:
         data = load_data(args, seed)
@@ -381,13 +381,12 @@ def run_all(args):
 def prepare(out, mine, resume):
     """Makes the folder and, on a fresh start, takes away what will be written. ValueError when
     checkpoints of another command are there, so that two never mix."""
-    os.makedirs(out, exist_ok=True)
-    for path in glob.glob(os.path.join(glob.escape(out), "*.pt")):
-        if os.path.basename(path) not in mine:
+    out.mkdir(parents=True, exist_ok=True)
+    for path in out.glob("*.pt"):
+        if path.name not in mine:
             raise ValueError(f"{path} is of another command: give another --out, or remove it")
     for name in [] if resume else [*mine, "metrics.jsonl", "attention.svg", "curves.svg"]:
-        if os.path.exists(os.path.join(out, name)):
-            os.remove(os.path.join(out, name))
+        (out / name).unlink(missing_ok=True)
 
 
 def main(argv=None):
