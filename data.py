@@ -1,7 +1,6 @@
 """Data: the rule-based Spurious Token Game (STG), phrases to token adjacency, tokenizer, batches;
 last, to be skipped at first, labels by an assistant."""
 import argparse
-import dataclasses
 import itertools
 import json
 import math
@@ -12,15 +11,13 @@ import shlex
 import shutil
 import subprocess
 import sys
-import threading
 import unicodedata
 from array import array
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
-from pathlib import Path
 
 import numpy as np
 import tiktoken
@@ -125,14 +122,13 @@ GAMES = {game.name: game for game in (STG, STG_H)}
 
 @dataclass(frozen=True)
 class Example:
-    """One question with its answer. Spans are (start, end) in characters of input + target."""
+    """One question with its answer: a line of a JSON Lines file."""
     input: str
     target: str
-    edges: tuple = ()  # ((effect span, cause span), ...): who predicts the effect looks at the cause
-    spurious: tuple = ()  # spans that merely go along with the answer, where known
-    irrelevant: tuple = ()  # spans of noise, where known
+    important: tuple = ()  # ({effect phrase: [cause phrases]}, ...), the paper's causal supervision
+    spurious: tuple = ()  # phrases that merely go along with the answer, where known
+    irrelevant: tuple = ()  # phrases of noise, where known
     source: str = ""  # "file:line", for messages
-    dropped: int = 0  # phrases of its labels that were not found
 
 
 def draw(feature, rng):
@@ -143,63 +139,52 @@ def draw(feature, rng):
 
 
 def generate(game, n, ood=False, seed=0, exclude=()):
-    """n examples of a game, no two alike in their numbers (the paper's synthetic benchmark)."""
+    """n Examples of a game, no two alike in their numbers (the paper's synthetic benchmark).
+
+    ood: the spurious features stop copying and are drawn on their own. exclude: Examples whose
+    numbers must not come up again. The same arguments give the same examples on every machine.
+    ValueError for n < 1, and when the game has too few different examples."""
     if n < 1:
         raise ValueError(f"rows is {n}: give at least 1")
     rng = random.Random(f"{game.name} {ood} {seed}")
-    seen = {numbers_of(example) for example in exclude}
-    examples, misses = [], 0
+    key = lambda example: (*example.important[0].values(), example.spurious, example.irrelevant)
+    seen, examples, misses = {str(key(example)) for example in exclude}, [], 0
     while len(examples) < n:
         value = {f: draw(f, rng) + rng.gauss(0, f.noise) for f in game.causal + game.irrelevant}
-        by_name = {f.name: value[f] for f in game.causal}
+        copied = {f.name: value[f] for f in game.causal}
         for f in game.spurious:
-            copy = f.ratio * by_name[f.copies]
+            copy = f.ratio * copied[f.copies]
             value[f] = (draw(f, rng) if ood else copy + rng.gauss(0, f.noise) if f.noise
                         else math.floor(copy))
         score = sum(f.weight * value[f] for f in game.causal)
-        shown = {f: f"{value[f]:.{f.decimals}f}" for f in value}
-        example = render(game, shown, game.answer(score), rng)
-        misses = misses + 1 if numbers_of(example) in seen else 0
+        example = render(game, value, game.answer(score), rng)
+        misses = misses + 1 if str(key(example)) in seen else 0
         if misses == 1000:  # in a row
-            raise ValueError(f"rows is {n}: {game.name} has too few different examples, ask for fewer")
+            raise ValueError(f"rows is {n}: {game.name} has too few different examples, give less")
         if not misses:
-            seen.add(numbers_of(example))
+            seen.add(str(key(example)))
             examples.append(example)
     return examples
 
 
-def render(game, shown, answer, rng):
-    """The Example with the numbers `shown` ({feature: text}): its text, and where each stands."""
-    groups, separator = [list(group) for group in (game.causal, game.spurious, game.irrelevant)], "; "
+def render(game, value, answer, rng):
+    """The Example with these values, {feature: number}, and this answer."""
+    groups = [[f"{f.name}: {value[f]:.{f.decimals}f}{f.unit}" for f in group]
+              for group in (game.causal, game.spurious, game.irrelevant)]
     if game.shuffle:
-        groups, separator = [sum(groups, [])], ", "
-        rng.shuffle(groups[0])
-    text, after = game.question.split("{features}")
-    span = {}
-    for g, group in enumerate(groups):
-        for i, f in enumerate(group):
-            text += separator if i else ". " if g else ""
-            span[f] = len(text), len(text) + len(f"{f.name}: {shown[f]}")
-            text += f"{f.name}: {shown[f]}{f.unit}"
-    text += after
-    effect = len(text), len(text) + len(answer)
-    return Example(text, answer, tuple((effect, span[f]) for f in game.causal),
-                   tuple(span[f] for f in game.spurious), tuple(span[f] for f in game.irrelevant))
-
-
-def numbers_of(example):
-    """What makes two examples of a game the same: their numbers, in whatever order they stand."""
-    spans = [cause for _, cause in example.edges] + [*example.spurious, *example.irrelevant]
-    return tuple(example.input[slice(*span)] for span in spans)
+        phrases = sum(groups, [])
+        features = ", ".join(rng.sample(phrases, len(phrases)))
+    else:
+        features = ". ".join("; ".join(group) for group in groups)
+    return Example(game.question.replace("{features}", features), answer, ({answer: groups[0]},),
+                   tuple(groups[1]), tuple(groups[2]))
 
 
 # One value each: 8, -6.9, .5, 1,000, 1/3, 7:50, 0-100, 2024-05-06, 1e-5. None: PM2.5, B12, F-16.
 NUMBER = re.compile(r"(?<!\w)(?<!\d[.,:/–-])(?<![^\W\d_]-)"  # not within a word or number
                     r"[-−]?\.?\d+(?:[.,:/–-]\d+)*(?:[eE][-+]?\d+)?")
-WORD = re.compile(NUMBER.pattern + r"|\w+(?:(?<=\d)[.,:/–-]\d+)*")
-MANY = 100
-MISSING, INSIDE = f"phrases not in the text, or at over {MANY} places", "phrases inside words only"
-LATE = "causes not before their effect"
+QUOTES = {quote: f"[{alike}]" for alike in ("'‘’‚′", '"“”„″') for quote in alike}
+MANY = 100  # a phrase that stands at more places says nothing about any of them
 
 
 def numbers_in(text, span):
@@ -207,75 +192,64 @@ def numbers_in(text, span):
     return [number.span() for number in NUMBER.finditer(text, *span)]
 
 
-def torn(text, at):
-    """Whether a place in text has the same word or number on both sides."""
-    nearby = WORD.finditer(text, text.rfind(" ", 0, at) + 1, at + 4)
-    return any(word.start() < at < word.end() for word in nearby)
-
-
 @lru_cache(maxsize=10_000)
-def loose(phrase):
-    """The phrase as a pattern: any case, white space, quotes and composition of accents."""
-    phrase = unicodedata.normalize("NFC", phrase)
-    forms = {c: f"(?:{c}|{unicodedata.normalize('NFD', c)})" for c in phrase if c.isalpha()}
-    forms |= dict.fromkeys("'‘’′", "['‘’′]") | dict.fromkeys('"“”″', '["“”″]')
-    words = ("".join(forms.get(c) or re.escape(c) for c in word) for word in phrase.split())
-    return re.compile(r"\s+".join(words), re.IGNORECASE)
+def phrase_pattern(phrase, whole, flags):
+    """A phrase in any white space, quotes and composition of accents; whole: neither end is inside
+    a word or number ("he" in "the", "5" in "2.5")."""
+    def alike(c):
+        apart = unicodedata.normalize("NFD", c)
+        return QUOTES.get(c) or (re.escape(c) if c == apart else f"(?:{c}|{apart})")
+
+    phrase = unicodedata.normalize("NFC", phrase.strip())
+    pattern = r"\s+".join("".join(map(alike, word)) for word in phrase.split())
+    if whole and re.match(r"[-−.]?\w", phrase):
+        pattern = r"(?<!\w)" + r"(?<!\d[.,:/–-])(?<!\W[-−.])" * phrase[0].isdigit() + pattern
+    if whole and re.search(r"\w$", phrase):
+        pattern += r"(?!\w)" + r"(?![.,:/–-]\d)" * phrase[-1].isdigit()
+    return re.compile(pattern, flags)
 
 
-def find(text, phrase, start=0, whole=True):
-    """Spans of text, from start on, that are the phrase exactly, or when there is none, loosely.
-
-    whole: neither begins nor ends inside a word or number ("he" in "the", "5" in "2.5").
-    """
-    def fits(span):  # no word of the input goes on in the target, which begins at start
-        return not whole or not any(at > start and torn(text, at) for at in span)
-
-    phrase, spans, at = phrase.strip(), [], start - 1
-    while phrase and (at := text.find(phrase, at + 1)) >= 0:
-        spans.append((at, at + len(phrase)))
-    spans = [span for span in spans if fits(span)]
-    if phrase and not spans:
-        spans = [m.span() for m in loose(phrase).finditer(text, start) if fits(m.span())]
-    return spans
-
-
-def find_anyhow(text, phrase, starts, notes):
-    """`find` from the first of the starts that has the phrase, and only then inside words."""
-    for whole in (True, False):
-        for start in starts:
-            spans = find(text, phrase, start, whole)
-            if 0 < len(spans) <= MANY:
-                notes[INSIDE] += [] if whole else [phrase]
-                return spans
-    notes[MISSING].append(phrase)
+def find(text, phrase, starts, notes):
+    """The spans of a phrase in text, from the first of the starts that has any: whole and as written,
+    else in any case, else inside words. Notes what is inside words or not found."""
+    for whole, flags, start in itertools.product((True, False), (0, re.I), starts):
+        matches = phrase_pattern(phrase, whole, flags).finditer(text[start:]) if phrase.strip() else ()
+        spans = [(start + m.start(), start + m.end()) for m in itertools.islice(matches, MANY + 1)]
+        if 0 < len(spans) <= MANY:
+            notes["inside words"] += [] if whole else [phrase]
+            return spans
+    notes["not found"].append(phrase)
     return []
 
 
-def phrases_to_edges(input, target, important):
-    """Phrases to edges, the paper's causal supervision signals.
+def phrases_to_edges(example):
+    """Phrases to spans, (start, end) in characters of input + target (the paper's causal supervision
+    signals). An effect is looked for in the target, then everywhere; a cause counts where it ends
+    before its effect starts.
 
-    important: a list of {effect: [causes]}. An effect is looked for in the target, then everywhere;
-    a cause counts where it ends before its effect starts.
-    Returns (edges, notes): edges as in Example, notes {MISSING, INSIDE or LATE: [phrases]}.
-    """
-    text, edges, notes = input + target, {}, defaultdict(list)
-    for effect, causes in ((e, c) for group in important for e, c in group.items()):
-        effects = find_anyhow(text, effect, (len(input), 0), notes)
+    Returns (edges, roles, notes). edges: [(effect span, cause span)]: who predicts the effect should
+    look at the cause. roles: the spans of causes of the answer, of spurious and of irrelevant phrases.
+    notes: {what: [phrases]} of phrases "not found", "inside words" or "late", never before an effect."""
+    text, n, edges, notes = example.input + example.target, len(example.input), {}, defaultdict(list)
+    for effect, causes in ((e, c) for group in example.important for e, c in group.items()):
+        effects = find(text, effect, (n, 0), notes)
         for cause in causes if effects else ():
-            spans = find_anyhow(text, cause, (0,), notes)
+            spans = find(text, cause, (0,), notes)
             pairs = [(e, c) for e in effects for c in spans if c[1] <= e[0]]
             edges.update(dict.fromkeys(pairs))
-            notes[LATE] += [cause] if spans and not pairs else []
-    return tuple(edges), notes
+            notes["late"] += [cause] if spans and not pairs else []
+    roles = [[cause for effect, cause in edges if effect[1] > n], *(
+        [span for phrase in phrases for span in find(example.input, phrase, (0,), notes)]
+        for phrases in (example.spurious, example.irrelevant))]
+    return list(edges), roles, notes
 
 
 def as_list(value):
-    return value if isinstance(value, list) else [value]
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def merge(pairs):
-    """A JSON object whose equal keys add up; json alone would keep the last."""
+    """A JSON object whose equal keys add up, where json would keep the last one."""
     merged = {}
     for key, value in pairs:
         merged[key] = as_list(merged[key]) + as_list(value) if key in merged else value
@@ -283,159 +257,117 @@ def merge(pairs):
 
 
 def parse_example(line, source=""):
-    """A line of JSON to (Example, notes as above). ValueError says what is wrong and what to do."""
+    """A line of JSON, bytes or text, as an Example. ValueError says what is wrong and what to do."""
     try:
         fields = json.loads(line, object_pairs_hook=merge)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"broken JSON ({str(error).split(':')[0]}): "
-                         "write one object on each line, as UTF-8") from None
-    if not isinstance(fields, dict):
-        raise ValueError('not a JSON object: write {"input": ..., "target": ...}')
-    if type(fields.get("target")) in (int, float) and abs(fields["target"]) < math.inf:
-        fields["target"] = str(fields["target"])
-    for key in ("input", "target"):
-        text = fields.get(key, "missing")
-        if key not in fields or not isinstance(text, str) or not text.strip() \
-                or re.search("[\ud800-\udfff]", text):
-            raise ValueError(f'"{key}" is {text!r:.40}: give a text'
-                             + " or a number" * (key == "target"))
-    input, target = fields["input"], fields["target"]
+        text = {key: fields[key] for key in ("input", "target")}
+    except (ValueError, RecursionError):
+        raise ValueError("broken JSON: write one object on each line, in UTF-8") from None
+    except (KeyError, TypeError):
+        raise ValueError('not an example: write {"input": ..., "target": ...}') from None
+    if type(text["target"]) in (int, float):
+        text["target"] = str(text["target"])
+    for key, value in text.items():
+        if not isinstance(value, str) or not value.strip() or not value.isprintable() and (
+                value != value.encode("utf-8", "ignore").decode()):
+            raise ValueError(f'"{key}" is {value!r:.40}: give a text')
     try:
-        important = [{effect: as_list(causes) for effect, causes in group.items()}
-                     for group in as_list(fields.get("important") or [])]
-        edges, notes = phrases_to_edges(input, target, important)
-        dropped, spans = len(notes[MISSING]), {}
-        for role in ("spurious", "irrelevant"):
-            found = [span for phrase in as_list(fields.get(role) or [])
-                     for span in find_anyhow(input, phrase, (0,), notes)]
-            spans[role] = tuple(span for span in dict.fromkeys(found) if is_free(span, edges))
+        important = tuple({effect: as_list(causes) for effect, causes in group.items()}
+                          for group in as_list(fields.get("important") or []))
+        others = [tuple(as_list(fields.get(role) or [])) for role in ("spurious", "irrelevant")]
+        "".join(sum((c for group in important for c in group.values()), [])) + "".join(sum(others, ()))
     except (AttributeError, TypeError):
-        raise ValueError('a label has the wrong shape: give "important": [{"effect": ["cause", ...]}, '
-                         '...] and "spurious": ["phrase", ...], or leave it out') from None
-    return Example(input, target, edges, **spans, source=source, dropped=dropped), notes
+        raise ValueError('"important", "spurious" or "irrelevant" has the wrong shape: give '
+                         '[{"effect": ["cause", ...]}, ...] and ["phrase", ...]') from None
+    return Example(text["input"], text["target"], important, *others, source)
 
 
-def is_free(span, edges):
-    """Whether a span has no character in common with a cause."""
-    return all(end <= span[0] or span[1] <= start for _, (start, end) in edges)
-
-
-def read(path, skip_bad=False):
-    """A JSON Lines file of input, target and optional important, spurious and irrelevant (DOC) to
-    (list of Example, summary line).
-
-    A bad line raises ValueError as "file:line: what, and what to do", or is counted with skip_bad;
-    phrases that are not found are only counted. OSError when the file can't be read.
-    """
-    examples, counts, first = [], Counter(), {}
+def read(path):
+    """A JSON Lines file as (list of Example, summary line). Phrases that are not found are counted.
+    ValueError for a bad line, as "file:line: what, and what to do"; OSError for an unreadable file."""
+    examples, counts, shown, edges_at = [], Counter(), {}, Counter()
     with open(path, "rb") as file:
         for n, line in enumerate(file, 1):
-            if not line.strip():
+            if not line.strip(b"\xef\xbb\xbf \t\r\n"):
                 continue
             try:
-                example, notes = parse_example(line, f"{path}:{n}")
-                examples.append(example)
+                examples.append(parse_example(line.decode("utf-8-sig"), f"{path}:{n}"))
             except ValueError as error:
-                if not skip_bad:
-                    raise ValueError(f"{path}:{n}: {error}, or pass --skip-bad") from None
-                notes = {"bad lines skipped": [str(error)]}
-            for what in filter(notes.get, notes):
-                counts[what] += len(notes[what])
-                first.setdefault(what, f"line {n}: {notes[what][0]!r}")
+                what = "not UTF-8: save it as UTF-8" if isinstance(error, UnicodeError) else error
+                raise ValueError(f"{path}:{n}: {what}") from None
+            edges, (causal, *_), notes = phrases_to_edges(examples[-1])
+            edges_at.update(some=bool(edges), answer=bool(causal))
+            for what, phrases in notes.items():
+                counts[what] += len(phrases)
+                shown.setdefault(what, f"line {n}: {phrases[0]!r}") if phrases else None
     if not examples:
         raise ValueError(f"{path}: no examples: give one JSON object on each line")
-    answered = sum(any(effect[1] > len(e.input) for effect, _ in e.edges) for e in examples)
-    summary = (f"{path}: {len(examples)} examples, {sum(bool(e.edges) for e in examples)} supervised, "
-               f"{answered} of them at the answer")
-    return examples, summary + "".join(f"; {n} {what}, such as {first[what]}"
-                                       for what, n in counts.items())
+    return examples, (f"{path}: {len(examples)} examples, {edges_at['some']} with edges, "
+                      f"{edges_at['answer']} with edges at the answer" + "".join(
+                          f"; {counts[what]} phrases {what}, such as {shown[what]}" for what in shown))
 
 
-def dump(examples):
-    """Examples as lines of JSON that `read` takes back unchanged."""
-    for example in examples:
-        text, important = example.input + example.target, {}
-        for effect, cause in example.edges:
-            important.setdefault(text[slice(*effect)], {})[text[slice(*cause)]] = None
-        fields = {"input": example.input, "target": example.target,
-                  "important": [{effect: list(causes)} for effect, causes in important.items()],
-                  "spurious": [text[slice(*span)] for span in example.spurious],
-                  "irrelevant": [text[slice(*span)] for span in example.irrelevant]}
-        yield json.dumps({k: v for k, v in fields.items() if v}, ensure_ascii=False) + "\n"
+def dump(example):
+    """An Example as the line of JSON that `read` takes back."""
+    fields = {key: value for key, value in vars(example).items() if value and key != "source"}
+    return json.dumps(fields, ensure_ascii=False) + "\n"
 
 
-def move_spans(example, input, move):
-    """The example with another input, each span moved by a function; as it is when one has no place
-    there (None) or a cause no longer ends before its effect."""
-    edges = tuple((move(effect), move(cause)) for effect, cause in example.edges)
-    spurious, irrelevant = (tuple(map(move, s)) for s in (example.spurious, example.irrelevant))
-    if None in sum(edges, spurious + irrelevant) or any(c[1] > e[0] for e, c in edges):
-        return example
-    return dataclasses.replace(example, input=input, edges=edges, spurious=spurious,
-                               irrelevant=irrelevant)
-
-
-def replace(example, changes):
-    """The example with changes = {span of the input: text}, its spans moved along."""
-    def move(span):
-        if not any(start < at < end for start, end in changes for at in span):
-            return tuple(at + sum(len(new) - (end - start) for (start, end), new in changes.items()
-                                  if end <= at) for at in span)
-
-    input = example.input
-    for (start, end), new in sorted(changes.items(), reverse=True):
-        input = input[:start] + new + input[end:]
-    return move_spans(example, input, move)
-
-
-def fixed_question(inputs):
+def fixed_question(examples):
     """What all inputs begin and end with, in whole words: (prefix, suffix)."""
+    inputs = [example.input for example in examples]
     begin = os.path.commonprefix(inputs)
     end = os.path.commonprefix([text[::-1] for text in inputs])[::-1]
-    return begin[:begin.rfind(" ") + 1], end[end.find(" "):] if " " in end else ""
+    return re.sub(r"\w+$", "", begin), re.sub(r"^\w+", "", end)
+
+
+def substitute(text, changes):
+    """The text with other texts in places, {span: text}."""
+    for (start, end), new in sorted(changes.items(), reverse=True):
+        text = text[:start] + new + text[end:]
+    return text
 
 
 def hold_out(examples, share, seed):
-    """Splits examples into (train, iid, ood, changed), equal inputs on one side: iid is a share, 0 to
-    1, of the inputs. ValueError when nothing is left for one side.
+    """Splits examples into (train, iid, ood): a share of the different inputs, 0 to 1, is held out,
+    as it is (iid) and with other numbers (ood). ValueError when nothing is left to train or test on.
 
-    ood: of the iid examples with edges and no dropped phrase, the numbers that belong to no cause,
-    shuffled in each input, so that what went along with a cause no longer does while the answer
-    stays true. What all inputs begin and end with is the question, and stays. changed: how many did.
-    """
+    ood: where all labels were found, the numbers that belong to no cause and stand outside
+    `fixed_question` change places, so that what went along with a cause no longer does and the answer
+    stays true. Only examples that this changes are in it."""
     rng, inputs = random.Random(seed), sorted({example.input for example in examples})
-    held_out = set(rng.sample(inputs, round(share * len(inputs)) if 0 < share < 1 else 0))
-    if not 0 < len(held_out) < len(inputs):
-        raise ValueError(f"a share of {share:g} of {len(inputs)} different inputs leaves no example on "
-                         "one side: give a share between 0 and 1, or more examples")
-    train = [example for example in examples if example.input not in held_out]
-    iid = [example for example in examples if example.input in held_out]
-    begin, end = (len(os.path.commonprefix([text[::step] for text in inputs])) for step in (1, -1))
-    ood, changed = [], 0
+    held_out = set(rng.sample(inputs, max(1, round(share * len(inputs))))) if 0 < share < 1 else {}
+    train, iid, ood = [], [], []
+    for example in examples:
+        (iid if example.input in held_out else train).append(example)
+    if not train or not iid:
+        raise ValueError(f"--val is {share:g}: give a share between 0 and 1, and more examples")
+    before, after = map(len, fixed_question(examples))
     for example in iid:
-        if example.edges and not example.dropped:
-            length = len(example.input)
-            spans = [span for span in numbers_in(example.input, (0, length)) if begin < span[1]
-                     and span[0] < length - end and is_free(span, example.edges)]
-            values = [example.input[slice(*span)] for span in spans]
-            rng.shuffle(values)
-            ood.append(replace(example, dict(zip(spans, values))))
-            changed += ood[-1].input != example.input
-    return train, iid, ood, changed
+        edges, _, notes = phrases_to_edges(example)
+        free = [(start, end) for start, end in numbers_in(example.input, (0, len(example.input)))
+                if before <= start and end <= len(example.input) - after
+                and not any(a < end and start < b for _, (a, b) in edges)]
+        values = [example.input[slice(*span)] for span in free]
+        rng.shuffle(values)
+        text = substitute(example.input, dict(zip(free, values)))
+        if edges and not notes["not found"] and text != example.input:
+            ood.append(replace(example, input=text, spurious=(), irrelevant=()))
+    return train, iid, ood
 
 
 def redraw_spurious(examples, seed):
-    """The same examples, each spurious phrase that of a random example, of those alike but for the
-    number ("Hormones: 4", "Hormones: 2"); causes stay."""
-    def alike(example, span):
-        return NUMBER.sub("N", example.input[slice(*span)])
-
-    rng, pool = random.Random(seed), defaultdict(list)
+    """The same examples with each spurious phrase that of a random example, which differs from it in
+    numbers only ("Hormones: 4" is drawn from all "Hormones: N"); causes stay."""
+    rng, pool, redrawn = random.Random(seed), defaultdict(list), []
+    for phrase in (phrase for example in examples for phrase in example.spurious):
+        pool[NUMBER.sub("N", phrase)].append(phrase)
     for example in examples:
-        for span in example.spurious:
-            pool[alike(example, span)].append(example.input[slice(*span)])
-    return [replace(example, {span: rng.choice(pool[alike(example, span)])
-                              for span in example.spurious}) for example in examples]
+        new = [rng.choice(pool[NUMBER.sub("N", phrase)]) for phrase in example.spurious]
+        changes = {span: text for phrase, text in zip(example.spurious, new)
+                   for span in find(example.input, phrase, (0,), defaultdict(list))}
+        redrawn.append(replace(example, input=substitute(example.input, changes), spurious=tuple(new)))
+    return redrawn
 
 
 ITEM = re.compile(r"(?:^|(?<=[,;:.?!]\s))([^\W\d_](?:[^,;:.?!]|\.(?=\S))*): " + NUMBER.pattern
@@ -443,28 +375,17 @@ ITEM = re.compile(r"(?:^|(?<=[,;:.?!]\s))([^\W\d_](?:[^,;:.?!]|\.(?=\S))*): " + 
 
 
 def reorder(example, rng):
-    """The same example with the "Name: number" items of its input in another order, spans moved along.
-
-    It stays as it is when that would tear a span or put an effect before its cause, when other words
-    stand between two items, or when two items have one name.
-    """
-    text, items = example.input + example.target, list(ITEM.finditer(example.input))
-    cuts = [0, *sum((item.span() for item in items), ()), len(text)]
-    pieces = list(zip(cuts, cuts[1:]))  # items are every second one
-    if len({item[1] for item in items}) < len(items) or any(
-            re.search(r"\w", text[slice(*between)]) for between in pieces[2:-1:2]):
+    """The same example with the "Name: number" items of its input in another order, or as it is when
+    that would lose an edge, other words stand between two items, or two have one name."""
+    items = list(ITEM.finditer(example.input))
+    between = [example.input[a.end():b.start()] for a, b in itertools.pairwise(items)]
+    if len({item[1] for item in items}) < len(items) or re.search(r"\w", "".join(between)):
         return example
-    order = list(pieces)
-    order[1::2] = rng.sample(pieces[1::2], len(items))
-    places = dict(zip(order, accumulate((end - start for start, end in order), initial=0)))
-
-    def move(span):
-        for start, end in pieces:
-            if start <= span[0] and span[1] <= end:
-                return tuple(at - start + places[start, end] for at in span)
-
-    moved = "".join(text[slice(*piece)] for piece in order)
-    return move_spans(example, moved[:len(example.input)], move)
+    order = rng.sample(items, len(items))
+    changes = {old.span(): new[0] for old, new in zip(items, order)}
+    moved = replace(example, input=substitute(example.input, changes))
+    same = len(phrases_to_edges(moved)[0]) == len(phrases_to_edges(example)[0])
+    return moved if same else example
 
 
 # ": " is one token, so that a prompt that ends in a blank is cut where training cut it
@@ -518,25 +439,20 @@ def token_edges(edges, offsets):
     return sorted(pairs)
 
 
-def chosen_edges(example, edges, rng):
-    """The edges of an Example with the causes narrowed to their numbers (edges "value"; "Smoking: 8"
-    to "8") or whole ("span"); as controls, with spurious numbers ("spurious") or as many random words
-    ("random") in their place."""
+def chosen_edges(example, edges, roles, how, rng):
+    """The edges with causes narrowed to their numbers ("value": "Smoking: 8" to "8") or whole ("span");
+    as controls, with spurious numbers ("spurious") or as many random words ("random") instead."""
     text = example.input + example.target
-    if edges == "span":
-        return example.edges
-    number = lambda span: numbers_in(text, span) or [span]
-    true = [(effect, part) for effect, cause in example.edges for part in number(cause)]
-    if edges == "value":
-        return true
-    chosen = []
-    for effect, n in Counter(effect for effect, _ in true).items():
-        wrong = [part for span in example.spurious for part in number(span)]
-        if edges == "random":
-            words = [word.span() for word in re.finditer(r"\w+", text[:effect[0]])]
-            wrong = rng.sample(words, min(n, len(words)))
-        chosen += [(effect, part) for part in wrong]
-    return chosen
+    narrow = lambda span: how != "span" and numbers_in(text, span) or [span]
+    chosen = [(effect, part) for effect, cause in edges for part in narrow(cause)]
+    if how in ("value", "span"):
+        return chosen
+    wrong = []
+    for effect, n in Counter(effect for effect, _ in chosen).items():
+        words = [word.span() for word in re.finditer(r"\w+", text[:effect[0]])]
+        wrong += [(effect, part) for part in (rng.sample(words, min(n, len(words))) if how == "random"
+                                              else [part for span in roles[1] for part in narrow(span)])]
+    return wrong
 
 
 SEPARATOR = re.compile(rf"(?s).*(?:[,;.?!]\s|\n|{NUMBER.pattern})\s*")
@@ -572,7 +488,8 @@ def encode(examples, tokenizer, edges="value", device="cpu", seed=0):
         text, prompt = example.input + example.target, tokenizer.encode_ordinary(example.input)
         tokens = prompt + tokenizer.encode_ordinary(example.target)
         offsets = character_offsets(tokenizer, tokens)
-        linked = chosen_edges(example, edges, rng)
+        spans, roles_of, _ = phrases_to_edges(example)
+        linked = chosen_edges(example, spans, roles_of, edges, rng)
         for pair in token_edges(linked, offsets):
             pairs.extend(pair)
         item, role = [far] * len(tokens), [0] * len(tokens)
@@ -580,12 +497,10 @@ def encode(examples, tokenizer, edges="value", device="cpu", seed=0):
             inside = tokens_of(item_of(text, span), offsets)
             for t in inside:
                 item[t] = min(item[t], inside[0])
-        causal = [cause for effect, cause in example.edges if effect[1] > len(example.input)]
-        for r, spans in enumerate((causal, example.spurious, example.irrelevant), 1):
-            for part in (part for span in spans for part in
-                         (edges != "span" and numbers_in(text, span) or [span])):
-                for t in tokens_of(part, offsets):
-                    role[t] = r
+        for r, part in ((r, part) for r, spans in enumerate(roles_of, 1) for span in spans
+                        for part in (edges != "span" and numbers_in(text, span) or [span])):
+            for t in tokens_of(part, offsets):
+                role[t] = r
         ids.extend(tokens)
         roles.extend(role)
         items.extend(item)
@@ -605,7 +520,7 @@ def encode(examples, tokenizer, edges="value", device="cpu", seed=0):
     targets = torch.cat((idx[:, 1:], torch.full_like(prompts, end)), dim=1)
     tensors = (idx, targets.masked_fill(~held[:, :-1], -100), answer[:, :-1], pad(roles, 0),
                pad(items, far), torch.tensor(np.array(pairs).reshape(-1, 2)).long(), torch.tensor(first_edge))
-    return Dataset(tokenizer, fixed_question([example.input for example in examples]),
+    return Dataset(tokenizer, fixed_question(examples),
                    *(tensor.contiguous().to(device) for tensor in tensors))
 
 
@@ -631,23 +546,208 @@ def inside_of(data, ix):
 
 def character_tokens(tokenizer, tokens):
     """Tokens as (text, [positions]); those that share a character are together."""
-    offsets, groups = character_offsets(tokenizer, tokens), []
-    text = tokenizer.decode(tokens)
-    for t, (start, end) in enumerate(offsets):
+    groups = []
+    for t, (start, end) in enumerate(character_offsets(tokenizer, tokens)):
         if groups and start < groups[-1][1]:
-            groups[-1][1] = max(end, groups[-1][1])
-            groups[-1][2].append(t)
+            groups[-1] = groups[-1][0], max(end, groups[-1][1]), groups[-1][2] + [t]
         else:
-            groups.append([start, end, [t]])
+            groups.append((start, end, [t]))
+    text = tokenizer.decode(tokens)
     return [(text[start:end], positions) for start, end, positions in groups]
 
 
 def pieces_of(tokenizer):
-    return [tokenizer.decode_single_token_bytes(i).decode("latin-1") for i in range(tokenizer.n_vocab - 1)]
+    """The pieces from which `tokenizer_from` makes the tokenizer again."""
+    return [tokenizer.decode_single_token_bytes(i) for i in range(tokenizer.n_vocab - 1)]
 
 
 def save(path, content):
-    """Writes bytes to path by way of path + ".tmp": there the old file or the new one is whole."""
+    """Writes bytes by way of path + ".tmp": at path there is the old file or the new one, whole."""
     with open(f"{path}.tmp", "wb") as file:
         file.write(content)
     os.replace(f"{path}.tmp", path)
+
+
+def show(examples, row=None):
+    """What was understood of examples, as text: answers, tokens, and the edges of one of them, of line
+    `row` of the file or the first with any, as queries, what they predict, and their keys."""
+    tokenizer = build_tokenizer(e.input + e.target for e in examples)
+    data, answers = encode(examples, tokenizer), Counter(e.target for e in examples)
+    n = next((n for n, e in enumerate(examples) if e.source.endswith(f":{row}") or
+              row is None and data.first_edge[n] < data.first_edge[n + 1]), None)
+    if row is not None and n is None:
+        raise ValueError(f"--row is {row}: give the line of an example")
+    lines = [f"answers: {len(answers)}, such as " + ", ".join(
+        f"{answer!r} {count / len(examples):.1%}" for answer, count in answers.most_common(5)),
+        f"tokens: at most {data.idx.shape[1]}, {tokenizer.n_vocab} in the vocabulary",
+        f"edges: {len(data.edges)}"]
+    if n is not None:
+        lines.append(examples[n].input + examples[n].target)
+        token = [repr(tokenizer.decode([t])) for t in data.idx[n].tolist()]
+        looks = defaultdict(list)
+        for query, key in data.edges[data.first_edge[n]:data.first_edge[n + 1]].tolist():
+            looks[query].append(f"{token[key]} at {key}")
+        lines += [f"  {token[query]} at {query} predicts {token[query + 1]}, looks at "
+                  + ", ".join(keys) for query, keys in looks.items()]
+    return "\n".join(lines)
+
+
+INSTRUCTION = """Each line below is a text as JSON: an input and the target that follows it.
+"important" says which phrases decide which later ones, as [{effect: [causes]}]; the effect is most
+often the target. Copy the phrases from the text letter by letter. A cause stands before its effect;
+what merely goes along with an effect is no cause. Reply with the "important" of the last line alone.
+
+"""
+
+
+def ask_assistant(command, prompt, time_limit):
+    """What a command, a list of words, prints when it reads the prompt on standard input. ValueError
+    when it fails or takes more than time_limit seconds; OSError when it can't be started."""
+    try:
+        done = subprocess.run(command, input=prompt, capture_output=True, timeout=time_limit,
+                              text=True, errors="replace")
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"no reply in {time_limit:g} seconds") from None
+    if done.returncode:
+        raise ValueError(f"exit status {done.returncode}")
+    return done.stdout
+
+
+def parse_reply(reply, example, prompt=""):
+    """The example with the labels of an assistant's reply: its {effect: [causes]} objects, of which
+    phrases in the text, cause before effect, are kept. ValueError when that is nothing, and for JSON
+    that is cut or malformed; thoughts and lines of the prompt are no answer."""
+    reply = re.sub(r"(?s)<think>.*?(</think>|$)", "", reply[:100_000])
+    asked = set(prompt.splitlines())
+    reply = "\n".join(line for line in reply.splitlines() if line not in asked)
+    important, end = [], 0
+    while start := re.compile(r"""\{\s*["'“‘]|\[\s*\{""").search(reply, end):
+        try:
+            value, end = json.JSONDecoder(object_pairs_hook=merge).raw_decode(reply, start.start())
+        except (ValueError, RecursionError):
+            raise ValueError(f"malformed JSON {reply[start.start():][:40]!r}") from None
+        important += as_list(value.get("important", value) if isinstance(value, dict) else value)
+    example = parse_example(json.dumps({**vars(example), "important": important[:100]}), example.source)
+    text, kept = example.input + example.target, {}
+    for effect, cause in phrases_to_edges(example)[0]:
+        kept.setdefault(text[slice(*effect)], {})[text[slice(*cause)]] = True
+    if not kept:
+        raise ValueError(f"no {{effect: [causes]}} with phrases of the text in {reply[:40]!r}")
+    return replace(example, important=({effect: list(causes) for effect, causes in kept.items()},))
+
+
+def annotate(questions, demos, assistant, out, jobs=4, time_limit=60):
+    """Labels the examples of a file (the paper's first step: human examples, then an assistant).
+
+    questions, demos, out: JSON Lines files; every demo needs labels. assistant: a command that reads
+    a prompt and prints a reply; it gets three tries of time_limit seconds an example, `jobs` at once.
+    Each example is appended to out when it is done, without labels when no reply was usable; those
+    in out are done, so that the same command goes on. ValueError or OSError for wrong arguments."""
+    command, (shown, _), (asked, summary) = shlex.split(assistant), read(demos), read(questions)
+    for demo in shown:
+        if not phrases_to_edges(demo)[0]:
+            raise ValueError(f'{demo.source}: no usable "important": give [{{effect: [causes]}}]')
+    if not command or not shutil.which(command[0]):
+        raise ValueError(f"--assistant is {assistant!r}: give a command that can be run")
+    done, kept = set(), []
+    for n, line in enumerate(open(out, encoding="utf-8") if os.path.exists(out) else (), 1):
+        try:
+            example = parse_example(line)
+        except ValueError as error:
+            if line.endswith("\n"):  # else cut by a kill
+                raise ValueError(f"{out}:{n}: {error}, or give another --out") from None
+            continue
+        done.add((example.input, example.target))
+        kept.append(line.rstrip("\n") + "\n")
+    save(out, "".join(kept).encode())
+    prompt, problems = INSTRUCTION + "".join(map(dump, shown)), []
+
+    def label(example):
+        question = prompt + dump(replace(example, important=()))
+        for _ in range(3):
+            try:
+                return parse_reply(ask_assistant(command, question, time_limit), example, question)
+            except ValueError as error:
+                problem = f"{example.source}: {error}"
+        problems.append(problem)
+        return replace(example, important=())
+
+    todo = [example for example in asked if (example.input, example.target) not in done]
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        answers = as_completed([pool.submit(label, example) for example in todo])
+        for answer in tqdm(answers, total=len(todo), disable=None):
+            with open(out, "a", encoding="utf-8") as file:
+                file.write(dump(answer.result()))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    print(f"{summary}\n{read(out)[1]}; {len(problems)} without a usable reply", *problems[:1], sep=", ")
+
+
+def check(labelled, truth):
+    """How well the labels of a file are those of a true one, as text; examples are paired by input and
+    target. ValueError when none has a partner."""
+    (examples, _), (true_examples, _) = read(labelled), read(truth)
+    gold = {(e.input, e.target): set(phrases_to_edges(e)[0]) for e in true_examples}
+    tp, n_predicted, n_gold, n, worst = 0, 0, 0, 0, []
+    for e in examples:
+        if (e.input, e.target) in gold:
+            predicted, true = set(phrases_to_edges(e)[0]), gold[e.input, e.target]
+            tp, n_predicted = tp + len(predicted & true), n_predicted + len(predicted)
+            n_gold, n = n_gold + len(true), n + 1
+            named = [", ".join((e.input + e.target)[slice(*cause)] for _, cause in sorted(edges))
+                     for edges in (true - predicted, predicted - true)]
+            worst.append((len(predicted ^ true), f"{e.source}: missing: {named[0]}; too many: {named[1]}"))
+    if not n:
+        raise ValueError(f"{labelled}: no example is in {truth} too: compare labels of the same texts")
+    lines = [f"{n} examples compared; without a partner: {len(examples) - n} labelled, "
+             f"{len(true_examples) - n} true",
+             f"edges: precision {tp / max(n_predicted, 1):.3f}, recall {tp / max(n_gold, 1):.3f}, "
+             f"F1 {2 * tp / max(n_predicted + n_gold, 1):.3f}"]
+    return "\n".join(lines + [line for wrong, line in sorted(worst, reverse=True)[:5] if wrong])
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="data.py", description=__doc__)
+    parser.error = lambda message: parser.exit(2, f"data.py: {message}\n")  # without the usage
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("show", help="what is understood of a file")
+    one.add_argument("file")
+    one.add_argument("--row", type=int, help="line of the example to draw")
+    one = commands.add_parser("generate", help="examples of a game")
+    one.add_argument("game", choices=GAMES)
+    one.add_argument("--rows", type=int, default=1600)
+    one.add_argument("--ood", action="store_true", help="spurious features stop copying")
+    one.add_argument("--seed", type=int, default=0)
+    one.add_argument("--out", required=True)
+    one = commands.add_parser("annotate", help="label a file by an assistant")
+    one.add_argument("file")
+    one.add_argument("--demos", required=True, help="examples labelled by hand")
+    one.add_argument("--assistant", required=True, help="program that reads a prompt, prints a reply")
+    one.add_argument("--out", required=True)
+    one.add_argument("--jobs", type=int, default=4, help="examples to ask for at once")
+    one.add_argument("--time-limit", type=float, default=60, help="seconds for a reply")
+    one = commands.add_parser("check", help="compare labels with true ones")
+    one.add_argument("file")
+    one.add_argument("--against", required=True)
+    args = parser.parse_args(argv)
+    try:
+        if args.command == "show":
+            examples, summary = read(args.file)
+            print(f"{summary}\n{show(examples, args.row)}")
+        elif args.command == "generate":
+            examples = generate(GAMES[args.game], args.rows, args.ood, args.seed)
+            save(args.out, "".join(map(dump, examples)).encode())
+            print(f"{args.out}: {len(examples)} examples\n{show(examples)}")
+        elif args.command == "annotate":
+            annotate(args.file, args.demos, args.assistant, args.out, args.jobs, args.time_limit)
+        else:
+            print(check(args.file, args.against))
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"data.py: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "data.py: interrupted: the same command goes on\n")
+
+
+if __name__ == "__main__":
+    main()

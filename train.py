@@ -16,18 +16,19 @@ import random
 import zlib
 from collections import Counter
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import fmean as mean
+from statistics import stdev
 
 import torch
 import torch.nn.functional as F
 
 from cat import FORMS, attention_ratio, average_attention, gamma_at, re_attention_loss
 from data import (EDGES, END, GAMES, ROLES, adjacency_of, build_tokenizer, character_tokens, encode,
-                  fixed_question, generate, hold_out, inside_of, pieces_of, read, redraw_spurious,
-                  reorder, save, tokenizer_from)
+                  generate, hold_out, inside_of, pieces_of, read, redraw_spurious, reorder, save,
+                  tokenizer_from)
 from model import GPT, GPTConfig
 
-TEST, WATCH = 1000, 200  # examples in a generated test set; examples looked at while training
+TEST, WATCH = 1000, 200  # examples in a generated test set; examples watched while training
 COLORS = {"no-cat": "#d55e00", "cat": "#0072b2"}  # of the two runs
 
 
@@ -38,37 +39,38 @@ def parse_args(argv=None):
     add, one_of = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
     one_of("--cat", action="store_true", help="train only the run with CAT")
     one_of("--no-cat", action="store_true", help="train only the run without CAT")
-    add("--game", choices=GAMES, default="STG", help="Spurious Token Game to generate")
+    add("--game", choices=GAMES, default="STG", help="to generate")
     add("--rows", type=int, default=8000, help="training examples to generate")
-    add("--train", help="JSON Lines file to train on instead; with --iid and --ood, or --val")
+    add("--train", help="train on this JSON Lines file; with --iid and --ood, or --val")
     add("--iid", help="test file from the same distribution")
-    add("--ood", help="test file in which the spurious correlations are broken")
+    add("--ood", help="test file whose spurious correlations are broken")
     add("--val", type=float, help="share of --train to test on, as it is and with numbers shuffled")
-    add("--orders", type=int, default=1, help='orders of "Name: number" items to see examples in')
-    add("--edges", choices=EDGES, default="value", help="causal keys: the number of a cause (8), "
-        "all of it (Smoking: 8) or, as a control, wrong tokens")
-    add("--steps", type=int, help="of training (default: the game's; 1200 for a file)")
+    add("--orders", type=int, default=1, help='orders of its "Name: number" items per example')
+    add("--edges", choices=EDGES, default="value", help="what of a cause to look at, or a control")
+    add("--steps", type=int, help="default: those of the game, 1200 for a file")
     add("--batch-size", type=int, default=16, help="examples in a step")
-    add("--lr", type=float, default=4e-3, help="highest learning rate: warm-up, then cosine to 0")
+    add("--lr", type=float, default=4e-3, help="highest learning rate")
     add("--loss", choices=("all", "answer", "both"), default="both", help="tokens to predict")
     add("--form", choices=FORMS, default="each", help="of the Re-Attention loss, see cat.py")
     add("--alpha", type=float, default=1000.0, help="ratio of causal to other attention to reach")
     add("--gamma", type=float, default=0.3, help="weight of the Re-Attention loss at the start")
     add("--decay", type=float, default=1.0, help="gamma falls to exp(-decay) of that at the end")
-    add("--layers", type=int, nargs="+", default=[-1], help="layers that look at the causes")
-    add("--open-path", action="store_true", help="supervise no layer below these, as the paper")
-    for name in ("n_layer", "n_head", "n_embd"):
-        add("--" + name.replace("_", "-"), type=int, default=getattr(GPTConfig, name), help="size")
+    add("--layers", type=int, nargs="+", default=[-1], help="that look at the causes")
+    add("--open-path", action="store_true", help="leave the layers below these alone")
+    add("--n-layer", type=int, default=GPTConfig.n_layer, help="layers")
+    add("--n-head", type=int, default=GPTConfig.n_head, help="attention heads in a layer")
+    add("--n-embd", type=int, default=GPTConfig.n_embd, help="width")
     add("--seed", type=int, nargs="+", default=[1], help="of data, weights and order")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="such as mps")
-    add("--threads", type=int, default=torch.get_num_threads(), help="on a CPU")
+    add("--threads", type=int, default=torch.get_num_threads(), help="of a CPU")
     add("--out", default="out", help="folder for checkpoints, metrics.jsonl and pictures")
-    add("--resume", action="store_true", help="go on with the same command's runs in --out")
+    add("--resume", action="store_true", help="go on with this command's runs in --out")
     add("--eval", metavar="CHECKPOINT", help="test it again, and train nothing")
-    add("--ask", metavar="TEXT", help="answer a question with --eval, and show where it looks")
+    add("--ask", metavar="TEXT", help="a question for --eval")
     args = parser.parse_args(argv)
     args.argv = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--resume"]
-    args.steps = args.steps or (1200 if args.train else GAMES[args.game].steps)
+    if args.steps is None:
+        args.steps = 1200 if args.train else GAMES[args.game].steps
     for flag in ("rows", "orders", "steps", "batch_size", "threads"):
         if getattr(args, flag) < 1:
             parser.error(f"--{flag.replace('_', '-')} is {getattr(args, flag)}: give at least 1")
@@ -89,29 +91,27 @@ def load(path):
 
 
 def load_data(args, seed):
-    """A Dataset each for "train", "iid", "ood", the same "redrawn", and for what is watched while
-    training: no part of a test set."""
+    """A Dataset each for "train", "iid", "ood", the last with other spurious numbers ("redrawn"), and
+    for what is watched while training, which is no part of a test set."""
     if not args.train:
         iid = generate(GAMES[args.game], args.rows + TEST + WATCH, False, seed)
         ood = generate(GAMES[args.game], TEST + WATCH, True, seed, exclude=iid)
         splits = {"train": iid[TEST + WATCH:], "iid": iid[:TEST], "ood": ood[:TEST],
                   "watch iid": iid[TEST:TEST + WATCH], "watch ood": ood[TEST:]}
     elif args.val:
-        train, iid, ood, changed = hold_out(load(args.train), args.val, seed)
-        print(f"held out {len(iid)}; shuffled numbers change {changed} of {len(ood)}")
-        splits = {"train": train, "iid": iid, **({"ood": ood} if changed else {})}
-        splits |= {f"watch {name}": splits[name][:WATCH] for name in list(splits)[1:]}
+        splits = dict(zip(("train", "iid", "ood"), hold_out(load(args.train), args.val, seed)))
+        print(f"held out {len(splits['iid'])}, {len(splits['ood'])} with numbers to shuffle")
+        splits |= {f"watch {name}": splits[name][:WATCH] for name in ("iid", "ood")}
     else:
         splits = {name: load(getattr(args, name)) for name in ("train", "iid", "ood")}
         splits["watch train"] = splits["train"][:WATCH]
-    rng, test = random.Random(seed), splits.get("ood", splits["iid"])
-    if any(example.spurious for example in test):
-        splits["redrawn"] = redraw_spurious(test, seed)
-    splits["train"] = splits["train"] + [reorder(example, rng) for _ in range(args.orders - 1)
-                                         for example in splits["train"]]
+    if any(example.spurious for example in splits["ood"]):
+        splits["redrawn"] = redraw_spurious(splits["ood"], seed)
+    rng, train = random.Random(seed), splits["train"]
+    splits["train"] = train + [reorder(e, rng) for _ in range(args.orders - 1) for e in train]
     tokenizer = build_tokenizer(e.input + e.target for e in splits["train"])
     return {name: encode(examples, tokenizer, args.edges, args.device, seed)
-            for name, examples in splits.items()}
+            for name, examples in splits.items() if examples}
 
 
 def read_out(attentions, args):
@@ -170,8 +170,8 @@ def train(args, seed, run, data, metrics):
     order = torch.cat([torch.randperm(n) for _ in range(args.steps * B // n + 1)])
     path = os.path.join(args.out, f"{run}-{seed}.pt")
     begun = {"argv": args.argv, "run": run, "seed": seed, "sizes": sizes,
-             "question": data["train"].question, "tokenizer": pieces_of(tokenizer),
-             "data": zlib.crc32(data["train"].idx.cpu().numpy())}
+             "question": list(data["train"].question), "tokenizer": [piece.decode("latin-1") for piece in pieces_of(tokenizer)],
+             "threads": args.threads, "data": zlib.crc32(data["train"].idx.cpu().numpy())}
     state = {**begun, "step": 0, "metrics": []}
     if args.resume and os.path.exists(path):
         *_, state = load_checkpoint(path, args.device)
@@ -264,8 +264,9 @@ def test(name, model, data, args):
     if "redrawn" in data:
         redrawn, _ = evaluate(model, data["redrawn"], args)
         line["changed"] = mean(a != b for (a, _), (b, _) in zip(answers, redrawn))
-    for i, role in enumerate(ROLES):
-        line[role] = (look * (data[split].role.cpu() == i)).sum(dim=1).mean().item()
+    role = data[split].role.cpu()  # (N, T)
+    line |= {name: (look * (role == i)).sum(dim=1).mean().item() for i, name in enumerate(ROLES)
+             if (role == i).any()}
     often = {split: Counter(right for _, right in answers).most_common(1)[0][0]
              for split, (answers, _) in tests.items()}
     constant = score("most frequent answer", {split: [(often[split], right) for _, right in answers]
