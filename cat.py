@@ -19,7 +19,7 @@ def average_attention(attentions):
                          "output_attentions=True")
     B, T = attentions[0].shape[0], attentions[0].shape[-1]
     for attn in attentions:
-        if attn.dim() != 4 or attn.shape != (B, attn.shape[1], T, T):
+        if attn.shape != (B, attn.shape[1], T, T):
             raise ValueError(f"attn {tuple(attn.shape)}: must be (B, H, T, T), B and T equal")
     # sum / H, not mean: its backward divides a (B, T, T), not the map
     return sum(widen(a).sum(dim=1) / a.shape[1] for a in attentions) / len(attentions)

@@ -1,188 +1,229 @@
-"""The Re-Attention loss: values against a loop, gradients against theory and finite differences, invariances, errors."""
+"""The Re-Attention loss: by hand, against the loop of its definition, and what must not count."""
 import math
 
 import pytest
 import torch
 
-from cat import FORMS, attention_ratio, average_attention, gamma_at, re_attention_loss
-from oracle import EPS, dense_loss, loop_loss, random_case
+from cat import (FORMS, attention_ratio, average_attention, gamma_at, re_attention_loss,
+                 supervised_queries)
+from oracle import loop_loss, random_case, supervised
 
-ALPHA = 1.5  # some rows of a random case are below, some above
-
-
-def weights_case():
-    attn, adjacency, _ = random_case(2, 6, 0, padded=False)
-    return attn.requires_grad_(), adjacency
+ALPHA = 1.5  # some queries of a random case are below, some above
+all_forms = pytest.mark.parametrize("form", FORMS)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("padded", [False, True])
-def test_equals_the_loop(form, padded):
+def by_hand():
+    """Query 3 pays 0.1, 0.6, 0.2, 0.1 to the keys; keys 1 and 2 are causal."""
+    attn, adjacency = torch.eye(4)[None], torch.zeros(1, 4, 4)
+    attn[0, 3] = torch.tensor([0.1, 0.6, 0.2, 0.1])
+    adjacency[0, 3, 1] = adjacency[0, 3, 2] = 1
+    return attn, adjacency
+
+
+def test_an_example_by_hand():
+    attn, adjacency = by_hand()
+    b, i, causal_keys, other_keys = supervised_queries(adjacency)
+    assert (b.tolist(), i.tolist()) == ([0], [3])
+    assert causal_keys.tolist() == [[False, True, True, False]]
+    assert other_keys.tolist() == [[True, False, False, True]]
+    causal, other = attention_ratio(attn, adjacency)
+    assert causal.item() == pytest.approx(0.4) and other.item() == pytest.approx(0.1)
+    assert re_attention_loss(attn, adjacency, 20.0).item() == pytest.approx(16)  # 20 - 0.4 / 0.1
+
+
+@pytest.mark.parametrize("form, alpha, penalty", [
+    ("hinge", 20, 16),
+    ("log", 20, math.log(20 / 4)),
+    ("each", 20, (math.log(20 / 6) + math.log(20 / 2)) / 2),
+    ("each", 4, (0 + math.log(4 / 2)) / 2),  # the mean has reached 4, key 2 has not
+    ("uniform", None, -(math.log(2 * 0.6) + math.log(2 * 0.2)) / 2),
+    ("div", 20, -math.log(1.4) / math.log(1.1)),
+    ("div2", 20, -math.log(1 + 0.4 / 1.1)),
+    ("nll", 20, -0.4 / 0.5),
+    *((form, 3.9, 0) for form in ("hinge", "log", "div", "div2", "nll")),  # reached
+])
+def test_each_form_by_hand(form, alpha, penalty):
+    loss = re_attention_loss(*by_hand(), alpha, form)
+    assert loss.item() == pytest.approx(penalty, rel=1e-5)
+
+
+@all_forms
+@pytest.mark.parametrize("mask", [None, "padding", "window"])
+def test_equals_the_loop(form, mask):
     for seed, (B, T) in enumerate([(2, 6), (3, 8), (4, 13)]):
-        attn, adjacency, mask = random_case(B, T, seed, padded=padded)
-        expected = loop_loss(attn, adjacency, ALPHA, form, mask)
+        attn, adjacency, seen = random_case(B, T, seed, mask=mask)
+        loss = re_attention_loss(attn, adjacency, ALPHA, form, seen)
+        expected = loop_loss(attn, adjacency, ALPHA, form, seen)
         assert expected != 0
-        assert torch.allclose(re_attention_loss(attn, adjacency, ALPHA, form, mask), expected, rtol=1e-12, atol=0)
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+        if seen is not None:  # 0 and 1 mean what False and True do
+            numbers = adjacency.long(), ALPHA, form, seen.long()
+            assert torch.equal(re_attention_loss(attn, *numbers), loss)
 
 
-def test_equals_the_loss_of_all_rows():
-    attn, adjacency, _ = random_case(3, 9, 5, padded=False)
-    assert torch.allclose(re_attention_loss(attn, adjacency, ALPHA), dense_loss(attn, adjacency, ALPHA), rtol=1e-12, atol=0)
+def test_the_oracle_says_what_a_new_form_needs():
+    with pytest.raises(ValueError, match="add its formula to penalty_of in tests/oracle.py"):
+        loop_loss(*by_hand(), 20.0, "mine")
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-5)])
-def test_low_precision_is_accumulated_in_float32(form, dtype, tolerance):
+@all_forms
+@pytest.mark.parametrize("mask", ["padding", "window"])
+def test_reduction_none_gives_the_penalty_of_each_query_that_counts(form, mask):
+    attn, adjacency, seen = random_case(3, 9, 2, mask=mask)
+    penalty = re_attention_loss(attn, adjacency, ALPHA, form, seen, reduction="none")
+    queries = [(b, i) for b, i, *_ in supervised(adjacency, seen)]
+    b, i, *_ = supervised_queries(adjacency, seen)
+    assert list(zip(b.tolist(), i.tolist())) == queries
+    for value, (b, i) in zip(penalty, queries, strict=True):
+        one = torch.zeros_like(adjacency)
+        one[b, i] = adjacency[b, i]
+        torch.testing.assert_close(value, loop_loss(attn, one, ALPHA, form, seen))
+    assert penalty.mean() == re_attention_loss(attn, adjacency, ALPHA, form, seen)
+
+
+@all_forms
+@pytest.mark.parametrize("mask", [None, "window"])
+def test_gradcheck(form, mask):
+    attn, adjacency, seen = random_case(2, 6, 0, mask=mask)
+    attn.requires_grad_()
+    below = [attn[b, i, j] / attn[b, i, other].mean() < ALPHA
+             for b, i, causal, other in supervised(adjacency, seen) for j in causal]
+    assert 0 < sum(below) < len(below)  # on both sides of the kink
+    assert torch.autograd.gradcheck(
+        lambda a: re_attention_loss(a, adjacency, ALPHA, form, seen), attn)
+
+
+@all_forms
+def test_a_mean_is_content_with_one_key(form):
+    """Descent on free scores: one causal key starts ahead; does the form bring up the other?"""
+    scores = torch.tensor([4.0, 0, 0, 0], requires_grad=True)
+    adjacency = torch.tensor([[[0, 0, 0, 0]] * 3 + [[1, 1, 0, 0]]])
+    for _ in range(300):
+        attn = torch.cat((torch.zeros(3, 4), scores.softmax(dim=0)[None]))[None]
+        grad, = torch.autograd.grad(re_attention_loss(attn, adjacency, 1e4, form), scores)
+        scores.data -= 0.3 * grad
+    assert (scores.softmax(dim=0)[1] > 0.1) == (form in ("each", "uniform"))  # from 0.02
+
+
+@pytest.mark.parametrize("nothing", [torch.zeros(2, 6, 6), torch.ones(2, 6, 6).tril()])
+def test_no_query_that_counts_is_an_exact_zero_with_a_gradient(nothing):
+    attn, _, _ = random_case(2, 6, 0)
+    attn.requires_grad_()
+    loss = re_attention_loss(attn, nothing, ALPHA)  # all keys causal: no other key to compare with
+    grad, = torch.autograd.grad(loss, attn)
+    assert loss.item() == 0 and (grad == 0).all()
+    assert re_attention_loss(attn, nothing, ALPHA, reduction="none").shape == (0,)
+
+
+@all_forms
+@pytest.mark.parametrize("left, right", [(0, 3), (3, 0), (2, 4)])
+def test_padding_on_either_side_changes_nothing(form, left, right):
+    attn, adjacency, _ = random_case(2, 6, 0, mask=None)
+    inside, size = slice(left, left + 6), left + 6 + right
+    padded, edges = torch.ones(2, size, size).double(), torch.ones(2, size, size).tril()
+    padded[:, inside, inside], edges[:, inside, inside] = attn, adjacency.float()
+    mask = torch.zeros(2, size)
+    mask[:, inside] = 1
+    expected = re_attention_loss(attn, adjacency, ALPHA, form)
+    for given in (mask, mask[:, :, None] * mask[:, None]):  # the second: what each query can see
+        torch.testing.assert_close(re_attention_loss(padded, edges, ALPHA, form, given), expected)
+
+
+@all_forms
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_low_precision_is_summed_in_float32(form, dtype):
     attn, adjacency, mask = random_case(3, 12, 7, dtype)
     loss = re_attention_loss(attn, adjacency, ALPHA, form, mask)
     assert loss.dtype == torch.float32
-    assert math.isclose(loss.item(), loop_loss(attn.double(), adjacency, ALPHA, form, mask).item(), rel_tol=tolerance)
+    expected = loop_loss(attn.double(), adjacency, ALPHA, form, mask)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_gradcheck(form):
-    attn, adjacency = weights_case()
-    causal, other, _ = attention_ratio(attn, adjacency)
-    assert ((causal / other - ALPHA).abs() > 1e-3).all()  # finite differences must not step over the kink
-    assert 0 < (causal / other < ALPHA).sum() < len(causal)
-    assert torch.autograd.gradcheck(lambda a: re_attention_loss(a, adjacency, ALPHA, form), attn)
-
-
-def test_hinge_gradient_is_the_closed_form():
-    attn, adjacency, mask = random_case(3, 9, 3)
-    attn.requires_grad_()
-    re_attention_loss(attn, adjacency, ALPHA, mask=mask).backward()
-    causal, other, rows = attention_ratio(attn.detach(), adjacency, mask)
-    expected = torch.zeros_like(attn)
-    for (b, i), c, o in zip(rows.nonzero().tolist(), causal + EPS, other + EPS):
-        visible = torch.arange(9).le(i) & mask[b]
-        if c / o < ALPHA:
-            for j in visible.nonzero()[:, 0].tolist():
-                n_causal, n_other = (adjacency[b, i] & visible).sum(), (~adjacency[b, i] & visible).sum()
-                expected[b, i, j] = -1 / (n_causal * o) if adjacency[b, i, j] else c / (n_other * o ** 2)
-    assert torch.allclose(attn.grad, expected / rows.sum(), rtol=1e-10)
-
-
-def test_a_hand_computed_row():
-    attn = torch.tensor([[[1.0, 0, 0, 0], [0.5, 0.5, 0, 0], [0.2, 0.3, 0.5, 0], [0.1, 0.6, 0.2, 0.1]]])
-    adjacency = torch.zeros(1, 4, 4)
-    adjacency[0, 3, 1] = adjacency[0, 3, 2] = 1
-    causal, other, rows = attention_ratio(attn, adjacency)
-    assert rows.tolist() == [[False, False, False, True]]
-    assert torch.allclose(causal, torch.tensor([0.4])) and torch.allclose(other, torch.tensor([0.1]))
-    assert math.isclose(re_attention_loss(attn, adjacency, 20.0).item(), 16.0, rel_tol=1e-5)
-    assert re_attention_loss(attn, adjacency, 3.9).item() == 0
-    assert math.isclose(re_attention_loss(attn, adjacency, 8.0, "log").item(), math.log(2), rel_tol=1e-5)
-    assert math.isclose(re_attention_loss(attn, adjacency, 8.0, "nll").item(), -0.8, rel_tol=1e-5)
-
-
-def test_no_supervised_row_is_an_exact_zero_with_a_gradient():
-    attn, _ = weights_case()
-    everything = torch.ones(6, 6).tril().bool().expand(2, 6, 6)  # no other key is left: no row counts either
-    for adjacency in (torch.zeros(2, 6, 6), everything):
-        loss = re_attention_loss(attn, adjacency, 5.0)
-        assert loss.item() == 0
-        grad, = torch.autograd.grad(loss, attn)
-        assert (grad == 0).all()
-
-
-@pytest.mark.parametrize("form", FORMS)
+@all_forms
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("row", [[0.0, 0.0, 1.0], [0.5, 0.5, 0.0], [0.0, 0.0, 0.0]])
-def test_exact_zeros_stay_finite(form, dtype, row):
+@pytest.mark.parametrize("weights", [[0.0, 0, 1], [0.5, 0.5, 0], [1, 0, 0], [0, 0, 0]])
+def test_exact_zeros_stay_finite(form, dtype, weights):
     attn = torch.zeros(1, 3, 3, dtype=dtype)
-    attn[0, 2] = torch.tensor(row)
+    attn[0, 2] = torch.tensor(weights)
     attn.requires_grad_()
-    adjacency = torch.zeros(1, 3, 3, dtype=torch.bool)
-    adjacency[0, 2, 0] = adjacency[0, 2, 1] = True
+    adjacency = torch.tensor([[[0, 0, 0], [0, 0, 0], [1, 1, 0]]])
     for alpha in (1e-3, 20.0, 1e6):
         loss = re_attention_loss(attn, adjacency, alpha, form)
         grad, = torch.autograd.grad(loss, attn)
         assert loss.isfinite() and grad.isfinite().all()
 
 
-def test_order_of_heads_layers_and_batch_does_not_matter():
-    g = torch.Generator().manual_seed(0)
-    layers = [torch.rand(3, heads, 7, 7, generator=g, dtype=torch.float64).tril() for heads in (4, 2)]  # H may differ
-    _, adjacency, mask = random_case(3, 7, 1)
-    loss = re_attention_loss(average_attention(layers), adjacency, ALPHA, mask=mask)
-    heads = [layers[0][:, [2, 0, 3, 1]], layers[1][:, [1, 0]]]
-    batch = torch.tensor([2, 0, 1])
-    assert torch.allclose(re_attention_loss(average_attention(heads), adjacency, ALPHA, mask=mask), loss)
-    assert torch.allclose(re_attention_loss(average_attention(layers[::-1]), adjacency, ALPHA, mask=mask), loss)
-    permuted = average_attention([layer[batch] for layer in layers])
-    assert torch.allclose(re_attention_loss(permuted, adjacency[batch], ALPHA, mask=mask[batch]), loss)
-    assert torch.allclose(average_attention(layers), (layers[0].mean(1) + layers[1].mean(1)) / 2)
+def test_float16_is_refused_where_its_gradients_would_overflow():
+    attn, adjacency = by_hand()
+    half = attn.half().requires_grad_()
+    for call in (lambda: re_attention_loss(half, adjacency, 20.0),
+                 lambda: average_attention([half[:, None]])):
+        with pytest.raises(ValueError, match="use bfloat16, or autocast with a GradScaler"):
+            call()
+        with torch.autocast("cpu", torch.float16):  # a scaler steps back when a gradient overflows
+            call().sum().backward()
+    assert re_attention_loss(half.detach(), adjacency, 20.0).item() == pytest.approx(16, rel=1e-2)
 
 
-@pytest.mark.parametrize("left, right", [(0, 3), (3, 0), (2, 4)])
-def test_padding_on_either_side_changes_nothing(left, right):
-    attn, adjacency = weights_case()
-    wide, wide_adjacency = torch.rand(2, 6 + left + right, 6 + left + right).double().tril(), torch.ones(2, 6 + left + right, 6 + left + right).tril()
-    inside = slice(left, left + 6)
-    wide[:, inside, inside], wide_adjacency[:, inside, inside] = attn.detach(), adjacency.double()
-    mask = torch.zeros(2, 6 + left + right)
-    mask[:, inside] = 1
-    assert torch.allclose(re_attention_loss(wide, wide_adjacency, ALPHA, mask=mask), re_attention_loss(attn, adjacency, ALPHA))
+@all_forms
+@pytest.mark.parametrize("mask", [None, "padding", "window"])
+def test_nan_shows_where_it_counts_and_nowhere_else(form, mask):
+    attn, adjacency, seen = random_case(2, 6, 1, mask=mask)
+    queries = supervised(adjacency, seen)
+    counts = torch.zeros_like(adjacency)
+    for b, i, causal, other in queries:
+        counts[b, i, causal if form == "uniform" else causal + other] = True  # it uses no other key
+    assert counts.any() and not counts.all()
+    clean = attn.clone().requires_grad_()
+    dirty = attn.masked_fill(~counts, math.nan).requires_grad_()
+    losses = [re_attention_loss(a, adjacency, ALPHA, form, seen) for a in (clean, dirty)]
+    sum(losses).backward()
+    assert torch.equal(*losses) and torch.equal(dirty.grad, clean.grad)
+    for b, i, j in counts.nonzero().tolist():
+        one = attn.clone()
+        one[b, i, j] = math.nan
+        assert re_attention_loss(one, adjacency, ALPHA, form, seen).isnan()
 
 
-def test_gradient_scales_with_gamma_and_stays_in_supervised_rows():
-    attn, adjacency = weights_case()
-    adjacency = adjacency.clone()
-    adjacency[:, :3] = False
-    grad, = torch.autograd.grad(re_attention_loss(attn, adjacency, ALPHA), attn)
-    gamma = gamma_at(3, 0.3, 0.1)
-    scaled, = torch.autograd.grad(gamma * re_attention_loss(attn, adjacency, ALPHA), attn)
-    assert torch.allclose(scaled, 0.3 * math.exp(-0.3) * grad)
-    _, _, rows = attention_ratio(attn, adjacency)
-    assert (grad[~rows] == 0).all() and (grad[rows] != 0).any()
-    assert (grad.triu(1) == 0).all()
+def test_heads_then_layers_are_averaged():
+    four = torch.arange(4.0).view(1, 4, 1, 1).expand(1, 4, 2, 2)  # head h pays h, mean 1.5
+    two = torch.full((1, 2, 2, 2), 10.0)  # fewer heads, but a layer weighs as much as another
+    assert (average_attention((four, two)) == (1.5 + 10) / 2).all()
+    assert average_attention([four.bfloat16()]).dtype == torch.float32
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_one_step_raises_the_ratio(form):
-    torch.manual_seed(0)
-    scores = torch.randn(2, 4, 8, 8, dtype=torch.float64, requires_grad=True)
-    _, adjacency, _ = random_case(2, 8, 5, padded=False)
-
-    def attention():
-        return average_attention([scores.masked_fill(torch.ones(8, 8).triu(1).bool(), -math.inf).softmax(-1)])
-
-    before = attention_ratio(attention(), adjacency)
-    grad, = torch.autograd.grad(re_attention_loss(attention(), adjacency, 50.0, form), scores)
-    with torch.no_grad():
-        scores -= 0.1 * grad / grad.norm()
-    after = attention_ratio(attention(), adjacency)
-    assert (after[0] / after[1]).log().mean() > (before[0] / before[1]).log().mean()
+def test_gamma_decays_with_progress():
+    assert gamma_at(0, 0.3, 0.5) == 0.3 and gamma_at(7, 0.3, 0) == 0.3
+    assert gamma_at(2.5, 0.3, 0.5) == pytest.approx(0.3 * math.exp(-1.25))  # half an epoch counts
 
 
-def test_gamma_decays_exponentially():
-    assert gamma_at(0, 0.3, 0.5) == 0.3
-    assert gamma_at(7, 0.3, 0) == 0.3
-    assert math.isclose(gamma_at(4, 0.3, 0.5) / gamma_at(3, 0.3, 0.5), math.exp(-0.5))
-
-
-def test_errors_name_the_value():
+def test_errors_are_one_line_with_the_value_and_the_remedy():
     attn, adjacency, mask = random_case(2, 4, 0)
+    maps = attn[:, None]
     later = torch.zeros(2, 4, 4)
     later[1, 0, 2] = 1
     for call, part in [
         (lambda: re_attention_loss(attn, adjacency[:1], 2.0), "(1, 4, 4)"),
-        (lambda: re_attention_loss(attn[0], adjacency[0], 2.0), "(4, 4)"),
         (lambda: re_attention_loss(attn[:, :3], adjacency[:, :3], 2.0), "(2, 3, 4)"),
-        (lambda: re_attention_loss(attn, adjacency, 2.0, mask=mask[:, :3]), "(2, 3)"),
-        (lambda: re_attention_loss(attn, adjacency * 0.5, 2.0), "0 and 1"),
-        (lambda: re_attention_loss(attn, adjacency, 2.0, mask=mask * 2), "mask"),
-        (lambda: re_attention_loss(attn, later, 2.0), "above the diagonal"),
-        (lambda: re_attention_loss(attn, adjacency, 0), "alpha is 0"),
-        (lambda: re_attention_loss(attn, adjacency, -1.0), "alpha is -1.0"),
-        (lambda: re_attention_loss(attn, adjacency, math.nan), "alpha is nan"),
-        (lambda: re_attention_loss(attn, adjacency, 2.0, "hing"), "'hing'"),
+        (lambda: supervised_queries(adjacency[0]), "(4, 4)"),
+        (lambda: re_attention_loss(attn, adjacency, 2.0, mask=mask[:, :3]), "mask (2, 3)"),
+        (lambda: re_attention_loss(attn, adjacency, 2.0, mask=adjacency[:, :3]), "mask (2, 3, 4)"),
+        (lambda: re_attention_loss(attn, adjacency * 0.5, 2.0), "adjacency holds values"),
+        (lambda: re_attention_loss(attn, adjacency, 2.0, mask=mask * 2), "mask holds values"),
+        (lambda: re_attention_loss(attn, later, 2.0), "transpose"),
+        (lambda: re_attention_loss(attn, adjacency), "alpha is None"),
+        (lambda: re_attention_loss(attn, adjacency, 0.0), "alpha is 0.0"),
+        (lambda: re_attention_loss(attn, adjacency, math.inf), "alpha is inf"),
+        (lambda: re_attention_loss(attn, adjacency, 2.0, "hing"), "'hing': choose one of hinge"),
+        (lambda: re_attention_loss(attn, adjacency, 2.0, reduction="sum"), "'sum': choose mean"),
         (lambda: gamma_at(0, -0.1, 1), "gamma is -0.1"),
-        (lambda: gamma_at(0, 0.1, -1), "decay is -1"),
-        (lambda: average_attention([]), "[]"),
+        (lambda: gamma_at(0, math.inf, 1), "gamma is inf"),
+        (lambda: gamma_at(0, 0.1, math.inf), "decay is inf"),
+        (lambda: average_attention(None), 'attn_implementation="eager"'),
+        (lambda: average_attention((maps, None)), 'attn_implementation="eager"'),
+        (lambda: average_attention(((maps, maps), (maps, maps))), "forward pass (not generate)"),
         (lambda: average_attention([attn]), "(2, 4, 4)"),
-        (lambda: average_attention([torch.zeros(2, 1, 4, 4), torch.zeros(2, 1, 5, 5)]), "(2, 1, 5, 5)"),
+        (lambda: average_attention([maps, torch.zeros(2, 1, 5, 5)]), "(2, 1, 5, 5)"),
     ]:
         with pytest.raises(ValueError) as error:
             call()
