@@ -115,7 +115,7 @@ STG_H = Game(
                 Feature("Number of Libraries", 10, 50)),
     question="{features}. Given these diverse conditions, what is the projected Air Quality Index "
              "(AQI) on a 0-100 scale? Answer: ",
-    scale=(-20, 30), shuffle=False, steps=4500)
+    scale=(-20, 30), shuffle=False, steps=3000)
 
 GAMES = {game.name: game for game in (STG, STG_H)}
 
@@ -470,6 +470,7 @@ class Dataset:
     """N encoded examples, padded on the right to the longest, T tokens; a batch is cut from it."""
     tokenizer: tiktoken.Encoding
     question: tuple  # what all inputs begin and end with
+    answers: tuple  # the different targets
     idx: torch.Tensor  # (N, T) token ids
     targets: torch.Tensor  # (N, T) the token after each position, -100 where there is none
     answer: torch.Tensor  # (N, T) bool: positions that predict a token of the answer, END included
@@ -520,7 +521,7 @@ def encode(examples, tokenizer, edges="value", device="cpu", seed=0):
     targets = torch.cat((idx[:, 1:], torch.full_like(prompts, end)), dim=1)
     tensors = (idx, targets.masked_fill(~held[:, :-1], -100), answer[:, :-1], pad(roles, 0),
                pad(items, far), torch.tensor(np.array(pairs).reshape(-1, 2)).long(), torch.tensor(first_edge))
-    return Dataset(tokenizer, fixed_question(examples),
+    return Dataset(tokenizer, fixed_question(examples), tuple(sorted({e.target for e in examples})),
                    *(tensor.contiguous().to(device) for tensor in tensors))
 
 

@@ -37,28 +37,28 @@ def parse_args(argv=None):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"train.py: {message}\n")  # without the usage
     add, one_of = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
-    one_of("--cat", action="store_true", help="train only the run with CAT")
-    one_of("--no-cat", action="store_true", help="train only the run without CAT")
+    one_of("--cat", action="store_true", help="only the run with CAT")
+    one_of("--no-cat", action="store_true", help="only the run without CAT")
     add("--game", choices=GAMES, default="STG", help="to generate")
     add("--rows", type=int, default=8000, help="training examples to generate")
-    add("--train", help="train on this JSON Lines file; with --iid and --ood, or --val")
+    add("--train", help="JSON Lines file to train on, with --iid and --ood, or --val")
     add("--iid", help="test file from the same distribution")
     add("--ood", help="test file whose spurious correlations are broken")
     add("--val", type=float, help="share of --train to test on, as it is and with numbers shuffled")
-    add("--orders", type=int, default=1, help='orders of its "Name: number" items per example')
+    add("--orders", type=int, default=1, help='of "Name: number" items to see an example in')
     add("--edges", choices=EDGES, default="value", help="what of a cause to look at, or a control")
     add("--steps", type=int, help="default: those of the game, 1200 for a file")
     add("--batch-size", type=int, default=16, help="examples in a step")
-    add("--lr", type=float, default=4e-3, help="highest learning rate")
+    add("--lr", type=float, default=4e-3, help="learning rate, falls to 0 as a cosine")
     add("--loss", choices=("all", "answer", "both"), default="both", help="tokens to predict")
     add("--form", choices=FORMS, default="each", help="of the Re-Attention loss, see cat.py")
     add("--alpha", type=float, default=1000.0, help="ratio of causal to other attention to reach")
-    add("--gamma", type=float, default=0.3, help="weight of the Re-Attention loss at the start")
-    add("--decay", type=float, default=1.0, help="gamma falls to exp(-decay) of that at the end")
+    add("--gamma", type=float, default=0.3, help="weight of the Re-Attention loss")
+    add("--decay", type=float, default=0.0, help="gamma falls to exp(-decay) of that")
     add("--layers", type=int, nargs="+", default=[-1], help="that look at the causes")
     add("--open-path", action="store_true", help="leave the layers below these alone")
     add("--n-layer", type=int, default=GPTConfig.n_layer, help="layers")
-    add("--n-head", type=int, default=GPTConfig.n_head, help="attention heads in a layer")
+    add("--n-head", type=int, default=GPTConfig.n_head, help="heads in a layer")
     add("--n-embd", type=int, default=GPTConfig.n_embd, help="width")
     add("--seed", type=int, nargs="+", default=[1], help="of data, weights and order")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="such as mps")
@@ -91,8 +91,8 @@ def load(path):
 
 
 def load_data(args, seed):
-    """A Dataset each for "train", "iid", "ood", the last with other spurious numbers ("redrawn"), and
-    for what is watched while training, which is no part of a test set."""
+    """A Dataset for each of "train", "iid", "ood", "redrawn" (ood with other spurious numbers), and
+    what is watched while training, which is no part of a test set."""
     if not args.train:
         iid = generate(GAMES[args.game], args.rows + TEST + WATCH, False, seed)
         ood = generate(GAMES[args.game], TEST + WATCH, True, seed, exclude=iid)
@@ -115,7 +115,7 @@ def load_data(args, seed):
 
 
 def read_out(attentions, args):
-    """The attention that is told where to look: mean over heads and --layers, (B, T, T)."""
+    """The attention that should look at the causes: mean over heads and --layers, (B, T, T)."""
     return average_attention([attentions[layer] for layer in args.layers])
 
 
@@ -128,7 +128,6 @@ def losses(model, data, ix, args):
         l_next = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
     if args.loss != "all":  # once more: it drowns among numbers that nobody can predict
         l_next = l_next + F.cross_entropy(logits[answer], targets[answer])
-    # the layers that read out look at the causes
     attn, adjacency = read_out(attentions, args), adjacency_of(data, ix)
     l_attn = re_attention_loss(attn, adjacency, args.alpha, args.form)
     below = attentions[:max(layer % args.n_layer for layer in args.layers)]
@@ -156,28 +155,28 @@ def evaluate(model, data, args):
 
 
 def train(args, seed, run, data, metrics):
-    """One run, "no-cat" or "cat". Every tenth of it adds a line to `metrics`, writes these to
+    """One run, "no-cat" or "cat". Every tenth of it adds a line to `metrics`, writes them to
     metrics.jsonl, and saves a checkpoint. Returns the model. ValueError for a loss that is not
     finite, and when --resume finds a checkpoint of another run."""
     torch.manual_seed(seed)  # the same weights and order of examples without and with CAT
-    n, tokenizer, B = len(data["train"].idx), data["train"].tokenizer, args.batch_size
+    n, B, tokenizer = len(data["train"].idx), args.batch_size, data["train"].tokenizer
     T = max(part.idx.shape[1] for part in data.values())
     sizes = [tokenizer.n_vocab, T, args.n_layer, args.n_head, args.n_embd]
     model = GPT(GPTConfig(*sizes)).to(args.device)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters())
     # Going on ends as an unbroken run would, since nothing random happens in a step: the order of
     # the examples follows from the seed; weights, optimiser and step stand in the checkpoint.
     order = torch.cat([torch.randperm(n) for _ in range(args.steps * B // n + 1)])
-    path = os.path.join(args.out, f"{run}-{seed}.pt")
-    begun = {"argv": args.argv, "run": run, "seed": seed, "sizes": sizes,
-             "question": list(data["train"].question), "tokenizer": [piece.decode("latin-1") for piece in pieces_of(tokenizer)],
-             "threads": args.threads, "data": zlib.crc32(data["train"].idx.cpu().numpy())}
-    state = {**begun, "step": 0, "metrics": []}
-    if args.resume and os.path.exists(path):
+    begun = {"argv": args.argv, "run": run, "seed": seed, "threads": args.threads, "sizes": sizes,
+             "question": list(data["train"].question),
+             "answers": list(data["train"].answers), "tokenizer": pieces_of(tokenizer),
+             "data": zlib.crc32(data["train"].idx.cpu().numpy())}
+    path, state = Path(args.out, f"{run}-{seed}.pt"), {**begun, "step": 0, "metrics": []}
+    if args.resume and path.exists():
         *_, state = load_checkpoint(path, args.device)
         if any(state[name] != begun[name] for name in begun):
-            raise ValueError(f"{path} was begun with other data or flags, {' '.join(state['argv'])}: "
-                             "give the same again, or another --out")
+            raise ValueError(f"{path} was begun with other data or flags, {' '.join(state['argv'])} "
+                             f"on {state['threads']} threads: give these, or another --out")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
     metrics += state["metrics"]
@@ -185,7 +184,7 @@ def train(args, seed, run, data, metrics):
     for step in range(state["step"], args.steps):
         # 1. the share of training done sets the learning rate and the weight of L_attn
         done = step / args.steps
-        lr = args.lr * min(20 * (done + 1 / args.steps), 0.5 + 0.5 * math.cos(math.pi * done))
+        optimizer.param_groups[0]["lr"] = args.lr * (1 + math.cos(math.pi * done)) / 2
         gamma = gamma_at(done, args.gamma, args.decay) if run == "cat" else 0.0
         # 2. L = L_next + gamma * L_attn on the next examples
         ix = order[step * B:(step + 1) * B]
@@ -194,10 +193,8 @@ def train(args, seed, run, data, metrics):
         if not math.isfinite(loss.item()):
             raise ValueError(f"loss is {loss.item()} at step {step} ({run}): lower --lr or --gamma")
         # 3. one update of the weights
-        optimizer.param_groups[0]["lr"] = lr
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         recent.append((l_next.item(), l_attn.item()))
         # 4. after every tenth of the run: watch, log, save
@@ -212,15 +209,14 @@ def train(args, seed, run, data, metrics):
                 line[name[6:]] = mean(guess == right for guess, right in answers)
             line = {"run": run, "seed": seed, "step": step + 1,
                     **{name: round(value, 4) for name, value in line.items()}}
-            print(json.dumps(line), file=sys.stderr)
             metrics.append(line)
-            text = "".join(json.dumps(line) + "\n" for line in metrics)
-            save(os.path.join(args.out, "metrics.jsonl"), text.encode())
+            recent = []
+            print(json.dumps(line), file=sys.stderr)
+            save(Path(args.out, "metrics.jsonl"), "".join(json.dumps(x) + "\n" for x in metrics).encode())
             state |= {"step": step + 1, "metrics": state["metrics"] + [line],
                       "model": model.state_dict(), "optimizer": optimizer.state_dict()}
             torch.save(state, file := io.BytesIO())
             save(path, file.getvalue())
-            recent = []
     return model
 
 
@@ -229,22 +225,21 @@ def load_checkpoint(path, device):
     with open(path, "rb") as file:
         try:
             state = torch.load(file, map_location=device, weights_only=True)  # never runs code
-            tokenizer = tokenizer_from([piece.encode("latin-1") for piece in state["tokenizer"]])
+            args = parse_args([*state["argv"], "--device", device])
             model = GPT(GPTConfig(*state["sizes"])).to(device)
             model.load_state_dict(state["model"])
-            args = parse_args([*state["argv"], "--device", device])
+            tokenizer = tokenizer_from(state["tokenizer"])
             state["optimizer"], state["data"], state["metrics"], 1 / (0 < state["step"] <= args.steps)
         except Exception as error:  # foreign, cut and changed files fail in many ways
-            raise ValueError(f"{path}: not a checkpoint of train.py ({type(error).__name__}): "
-                             "give one of out/*.pt") from None
+            raise ValueError(f"{path}: no checkpoint of train.py ({type(error).__name__})") from None
     return model, tokenizer, args, state
 
 
-def score(name, answers):
-    """A line of the table, from pairs (guess, right) by split: the share of right guesses and, where
-    answers are numbers, the share within 1 and the mean absolute error."""
+def score(name, tests):
+    """A line of the table, {column: value}, of {split: pairs (guess, right)}: the share of right
+    guesses and, where answers are numbers, of those within 1, and the mean absolute error."""
     line = {"run": name}
-    for split, pairs in answers.items():
+    for split, pairs in tests.items():
         line[split] = mean(guess == right for guess, right in pairs)
         try:
             errors = [abs(float(guess) - float(right)) for guess, right in pairs]
@@ -255,36 +250,33 @@ def score(name, answers):
 
 
 def test(name, model, data, args):
-    """The table's lines for a run and for always giving the most frequent answer, and what `evaluate`
-    says of the last split. `changed`: the share of its answers that spurious numbers drawn anew
-    change, 0 when none is read. By role: the attention that the answer pays."""
-    tests = {split: evaluate(model, data[split], args) for split in ("iid", "ood") if split in data}
-    line = score(name, {split: answers for split, (answers, _) in tests.items()})
-    split, (answers, look) = list(tests.items())[-1]
+    """A run's line of the table, the one of always giving the most frequent answer, and the answers
+    and looks of the last split. `changed`: share of OOD answers that change when spurious numbers
+    are drawn anew, 0 when none is read. Roles: shares of the attention that the answer pays."""
+    tests, constant = {}, {}
+    for split in (split for split in ("iid", "ood") if split in data):
+        answers, look = evaluate(model, data[split], args)
+        often = Counter(right for _, right in answers).most_common(1)[0][0]
+        tests[split], constant[split] = answers, [(often, right) for _, right in answers]
+    line, role = score(name, tests), data[split].role.cpu()  # (N, T)
     if "redrawn" in data:
         redrawn, _ = evaluate(model, data["redrawn"], args)
         line["changed"] = mean(a != b for (a, _), (b, _) in zip(answers, redrawn))
-    role = data[split].role.cpu()  # (N, T)
     line |= {name: (look * (role == i)).sum(dim=1).mean().item() for i, name in enumerate(ROLES)
              if (role == i).any()}
-    often = {split: Counter(right for _, right in answers).most_common(1)[0][0]
-             for split, (answers, _) in tests.items()}
-    constant = score("most frequent answer", {split: [(often[split], right) for _, right in answers]
-                                              for split, (answers, _) in tests.items()})
-    return line, constant, (answers, look)
+    return line, score("most frequent answer", constant), (answers, look)
 
 
 def print_table(lines):
     columns = dict.fromkeys(column for line in lines for column in line)
     for line in [dict(zip(columns, columns)), *lines]:
-        for column in columns:
-            value, width = line.get(column, ""), 21 if column == "run" else max(6, len(column))
-            print(f"{value:{width}.3f}" if type(value) is float else f"{value:{width}}", end="  ")
-        print()
+        cells = (f"{line[c]:.3f}" if type(line.get(c)) is float else line.get(c, "") for c in columns)
+        print("".join(f"{cell:{22 if c == 'run' else max(8, len(c) + 2)}}"
+                      for c, cell in zip(columns, cells)))
 
 
 def ask_model(model, tokenizer, args, state, text):
-    """Prints a question, the attention that its answer pays a token where it is 5% or more, and the
+    """Prints a question, the attention of its answer on a token where it is 5% or more, and the
     answer. What all training inputs begin and end with need not be typed."""
     before, after = state["question"]
     text = before + text.removeprefix(before).rstrip().removesuffix(after.rstrip()) + after
@@ -295,7 +287,8 @@ def ask_model(model, tokenizer, args, state, text):
     for piece, positions in character_tokens(tokenizer, tokens):
         share = look[positions].sum().item()
         print(piece + f"[{share:.0%}]" * (share >= 0.05), end="")
-    print("\n" + tokenizer.decode(model.generate(idx, 64, tokenizer.encode_single_token(END))))
+    answer = tokenizer.decode(model.generate(idx, 64, tokenizer.encode_single_token(END)))
+    print(f"\n{answer}" + " (no training target)" * (answer not in state["answers"]))
 
 
 def tag(name, text="", **attributes):
@@ -311,83 +304,76 @@ def svg(height, parts):
 
 
 def attention_svg(tests, data):
-    """One question and, for each run of tests, {name: (answers, look)}, its tokens shaded by the
-    attention that the answer pays them: causes bold, spurious numbers in italics."""
-    hits = [[guess == right for guess, right in answers] for answers, _ in tests.values()]
-    n = next((n for n, hit in enumerate(zip(*hits)) if hit[-1] and not hit[0]), 0)
+    """The first question that only the last run gets right: for each run of tests, {name: (answers,
+    look)}, its tokens shaded by the attention of the answer, causes bold, spurious ones italic."""
+    hits = zip(*([guess == right for guess, right in answers] for answers, _ in tests.values()))
+    n = next((n for n, hit in enumerate(hits) if hit[-1] and not hit[0]), 0)
     tokens, y, parts = data.idx[n, :data.answer[n].int().argmax() + 1].tolist(), 0, []
     for name, (answers, look) in tests.items():
         x, y = 20, y + 60
         parts.append(tag("text", "{}: {}, right is {}".format(name, *answers[n]), x=x, y=y - 26))
         for piece, positions in character_tokens(data.tokenizer, tokens):
-            if x + 8 * len(piece) > 780:
+            width, shade = 8 * len(piece), min(1.0, 3 * look[n, positions].sum().item())
+            if x + width > 780:
                 x, y = 20, y + 26
-            shade = min(1.0, 3 * look[n, positions].sum().item())  # full at a third
-            style = {1: {"font_weight": "bold"}, 2: {"font_style": "italic"}}.get(
-                data.role[n, positions[0]].item(), {})
-            parts.append(tag("rect", x=x, y=y - 14, width=8 * len(piece), height=19, fill=COLORS["cat"],
-                             fill_opacity=f"{shade:.2f}"))
-            parts.append(tag("text", piece, x=x, y=y, textLength=8 * len(piece),
-                             fill="#fff" if shade > 0.5 else "#000", **style))
-            x += 8 * len(piece)
+            style = {1: {"font_weight": "bold"}, 2: {"font_style": "italic"}}
+            parts += [tag("rect", x=x, y=y - 14, width=width, height=19, fill=COLORS["cat"],
+                          fill_opacity=f"{shade:.2f}"),  # full at a third of the attention
+                      tag("text", piece, x=x, y=y, textLength=width, fill="#fff" if shade > 0.5
+                          else "#000", **style.get(data.role[n, positions[0]].item(), {}))]
+            x += width
     return svg(y + 24, parts)
 
 
 def curves_svg(metrics):
     """Accuracy on what is watched while training, mean over seeds: OOD solid, the others dashed."""
     last = max(line["step"] for line in metrics)
-    parts = [tag("text", "accuracy", x=10, y=20), tag("text", f"step {last}", x=560, y=345)]
-    for tick in range(0, 6):
+    parts = [tag("text", "accuracy", x=10, y=20), tag("text", f"step {last}", x=580, y=345)]
+    for tick in range(6):
         parts += [tag("text", f"{tick / 5:.1f}", x=10, y=324 - 58 * tick),
                   tag("path", d=f"M40 {320 - 58 * tick}h600", stroke="#ccc")]
-    for run, name in dict.fromkeys((line["run"], name) for line in metrics for name in line):
-        points = {}  # step: accuracies of the seeds
-        for line in metrics:
-            if line["run"] == run and name in ("iid", "ood", "train"):
-                points.setdefault(line["step"], []).append(line[name])
-        if points:
-            path = [f"{40 + 600 * step / last:.1f},{320 - 290 * mean(points[step]):.1f}" for step in points]
-            parts += [tag("polyline", points=" ".join(path), fill="none", stroke=COLORS[run],
-                          stroke_width=2, stroke_dasharray="none" if name == "ood" else "6 4"),
-                      tag("text", f"{run} {name}", x=646, y=path[-1].split(",")[1], fill=COLORS[run])]
+    curves = {}  # (run, split): {step: accuracies of the seeds}
+    for line in metrics:
+        for split in {"iid", "ood", "train"} & set(line):
+            curve = curves.setdefault((line["run"], split), {})
+            curve.setdefault(line["step"], []).append(line[split])
+    for (run, split), curve in curves.items():
+        points = [(40 + 600 * step / last, 320 - 290 * mean(curve[step])) for step in curve]
+        parts += [tag("polyline", points=" ".join(f"{x:.1f},{y:.1f}" for x, y in points), fill="none",
+                      stroke=COLORS[run], stroke_dasharray="none" if split == "ood" else "6 4"),
+                  tag("text", f"{run} {split}", x=646, y=points[-1][1], fill=COLORS[run])]
     return svg(360, parts)
 
 
 def run_all(args):
     """All seeds, without and with CAT, the table and the pictures."""
     runs = ["no-cat"] * (not args.cat) + ["cat"] * (not args.no_cat)
-    prepare(Path(args.out), [f"{run}-{seed}.pt" for run in runs for seed in args.seed], args.resume)
-    table, metrics, tests = [], [], {}
-    for seed in args.seed:
-        data = load_data(args, seed)
-        if "cat" in runs and not len(data["train"].edges):
-            raise ValueError(f'{args.train}: no edge to learn from: add "important", or pass --no-cat')
-        for run in runs:
-            model = train(args, seed, run, data, metrics)
-            line, constant, ood = test(f"{run}, seed {seed}", model, data, args)
-            table.append(line)
-            tests.setdefault(run, ood)
-        if seed == args.seed[0]:
-            picture = attention_svg(tests, data.get("ood", data["iid"]))
-    for run in runs if len(args.seed) > 1 else ():
-        lines = [line for line in table if line["run"].startswith(run)]
-        for name, f in (("mean", mean), ("deviation", stdev), ("lowest", min)):
-            table.append({"run": f"{run}, {name}", **{column: f([line[column] for line in lines])
-                                                     for column in list(lines[0])[1:]}})
-    print_table([*table, constant])
-    for name, content in (("attention.svg", picture), ("curves.svg", curves_svg(metrics))):
-        save(os.path.join(args.out, name), content)
-
-
-def prepare(out, mine, resume):
-    """Makes the folder and, on a fresh start, takes away what will be written. ValueError when
-    checkpoints of another command are there, so that two never mix."""
+    out, mine = Path(args.out), [f"{run}-{seed}.pt" for run in runs for seed in args.seed]
     out.mkdir(parents=True, exist_ok=True)
     for path in out.glob("*.pt"):
         if path.name not in mine:
             raise ValueError(f"{path} is of another command: give another --out, or remove it")
-    for name in [] if resume else [*mine, "metrics.jsonl", "attention.svg", "curves.svg"]:
-        (out / name).unlink(missing_ok=True)
+    for name in [] if args.resume else [*mine, "metrics.jsonl", "attention.svg", "curves.svg"]:
+        (out / name).unlink(missing_ok=True)  # so that two commands never mix
+    lines, metrics, pictured = {run: [] for run in runs}, [], {}
+    for seed in args.seed:
+        data = load_data(args, seed)
+        if "cat" in runs and not len(data["train"].edges):
+            raise ValueError(f'{args.train}: no edges: add "important", or pass --no-cat')
+        for run in runs:
+            model = train(args, seed, run, data, metrics)
+            line, constant, looks = test(f"{run}, seed {seed}", model, data, args)
+            lines[run].append(line)
+            pictured.setdefault(run, looks)
+        if seed == args.seed[0]:
+            save(out / "attention.svg", attention_svg(pictured, data.get("ood", data["iid"])))
+    save(out / "curves.svg", curves_svg(metrics))
+    for run, of_run in lines.items() if len(args.seed) > 1 else ():
+        columns = [column for column in of_run[0] if column != "run"]
+        for name, f in (("mean", mean), ("deviation", stdev), ("lowest", min)):
+            lines[run] = lines[run] + [{"run": f"{run}, {name}", **{
+                column: f([line[column] for line in of_run]) for column in columns}}]
+    print_table(sum(lines.values(), []) + [constant])
 
 
 def main(argv=None):
@@ -399,9 +385,8 @@ def main(argv=None):
         model, tokenizer, saved, state = load_checkpoint(args.eval, args.device)
         if args.ask:
             return ask_model(model, tokenizer, saved, state, args.ask)
-        line, constant, _ = test(f"{state['run']}, seed {state['seed']}", model,
-                                 load_data(saved, state["seed"]), saved)
-        print_table([line, constant])
+        data = load_data(saved, state["seed"])
+        print_table(test(f"{state['run']}, seed {state['seed']}", model, data, saved)[:2])
     except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
