@@ -1,7 +1,6 @@
 """Data: the rule-based Spurious Token Game (STG), phrases to token adjacency, tokenizer, batches;
 last, to be skipped at first, labels by an assistant."""
 import argparse
-import itertools
 import json
 import math
 import os
@@ -17,15 +16,15 @@ from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, islice, pairwise, product
 
 import numpy as np
 import tiktoken
 import torch
 from tqdm import tqdm
 
-ROLES = ("other", "causal", "spurious", "irrelevant")  # a token's role is stored as its index here
-EDGES = ("value", "span", "spurious", "random")  # what is called causal, see `chosen_edges`
+ROLES = ("other", "causal", "spurious")  # a token's role is stored as its index here
+EDGES = ("value", "span", "spurious", "random")  # what is called causal, see `narrow_edges`
 END = "<|endoftext|>"  # closes every answer, so that a greedy answer knows where to stop
 
 
@@ -46,7 +45,8 @@ class Feature:
 @dataclass(frozen=True)
 class Game:
     """A Spurious Token Game, the paper's synthetic benchmark: causal features decide the answer,
-    spurious ones copy them until they are out of distribution."""
+    spurious ones copy them until they are out of distribution. ValueError for features or bands
+    that do not fit, with the remedy."""
     name: str
     causal: tuple
     spurious: tuple
@@ -55,22 +55,19 @@ class Game:
     bands: tuple = ()  # ((lowest score, answer), ...), highest first; or
     scale: tuple = ()  # (low, high): the score is answered as a whole number, 0 (low) to 100 (high)
     shuffle: bool = True  # every example has its own order; else causal, spurious, irrelevant
-    steps: int = 1200  # that training needs, of 16 examples each
+    steps: int = 1500  # of training that it needs
 
     def __post_init__(self):
         causes, lows = [f.name for f in self.causal], [low for low, _ in self.bands]
         for f in self.causal + self.spurious + self.irrelevant:
             if f.low > f.high:
-                raise ValueError(f"{self.name}: {f.name} has low {f.low} above high {f.high}: swap them")
-        for f in self.spurious:
-            if f.copies not in causes:
-                raise ValueError(f"{self.name}: {f.name} copies {f.copies!r}, which is no causal feature: "
-                                 f"choose one of {', '.join(causes)}")
+                raise ValueError(f"{self.name}: {f.name} has low {f.low} > high {f.high}: swap them")
+            if f in self.spurious and f.copies not in causes:
+                raise ValueError(f"{self.name}: {f.name} copies {f.copies!r}: give one of {causes}")
         if self.question.count("{features}") != 1:
-            raise ValueError(f"{self.name}: question must hold {{features}} once, where the numbers go")
-        if not self.scale and (lows != sorted(lows, reverse=True) or lows[-1:] != [-math.inf]):
-            raise ValueError(f"{self.name}: bands are {lows}: give the highest first, and last the one "
-                             "from -math.inf")
+            raise ValueError(f"{self.name}: write {{features}} once in the question")
+        if not self.scale and lows != sorted({*lows, -math.inf}, reverse=True):
+            raise ValueError(f"{self.name}: bands from {lows}: give the highest first, -math.inf last")
 
     def answer(self, score):
         """The answer to a score: its band's, or its place on the scale."""
@@ -127,7 +124,6 @@ class Example:
     target: str
     important: tuple = ()  # ({effect phrase: [cause phrases]}, ...), the paper's causal supervision
     spurious: tuple = ()  # phrases that merely go along with the answer, where known
-    irrelevant: tuple = ()  # phrases of noise, where known
     source: str = ""  # "file:line", for messages
 
 
@@ -139,16 +135,16 @@ def draw(feature, rng):
 
 
 def generate(game, n, ood=False, seed=0, exclude=()):
-    """n Examples of a game, no two alike in their numbers (the paper's synthetic benchmark).
+    """n Examples of a game, no two with the same numbers (the paper's synthetic benchmark).
 
     ood: the spurious features stop copying and are drawn on their own. exclude: Examples whose
     numbers must not come up again. The same arguments give the same examples on every machine.
     ValueError for n < 1, and when the game has too few different examples."""
     if n < 1:
         raise ValueError(f"rows is {n}: give at least 1")
-    rng = random.Random(f"{game.name} {ood} {seed}")
-    key = lambda example: (*example.important[0].values(), example.spurious, example.irrelevant)
-    seen, examples, misses = {str(key(example)) for example in exclude}, [], 0
+    rng, examples, misses = random.Random(f"{game.name} {ood} {seed}"), [], 0
+    key = lambda example: "".join(sorted(re.findall(r"[^.,;]*: [-.\d]+", example.input)))
+    seen = {key(example) for example in exclude}
     while len(examples) < n:
         value = {f: draw(f, rng) + rng.gauss(0, f.noise) for f in game.causal + game.irrelevant}
         copied = {f.name: value[f] for f in game.causal}
@@ -156,28 +152,21 @@ def generate(game, n, ood=False, seed=0, exclude=()):
             copy = f.ratio * copied[f.copies]
             value[f] = (draw(f, rng) if ood else copy + rng.gauss(0, f.noise) if f.noise
                         else math.floor(copy))
-        score = sum(f.weight * value[f] for f in game.causal)
-        example = render(game, value, game.answer(score), rng)
-        misses = misses + 1 if str(key(example)) in seen else 0
-        if misses == 1000:  # in a row
-            raise ValueError(f"rows is {n}: {game.name} has too few different examples, give less")
-        if not misses:
-            seen.add(str(key(example)))
-            examples.append(example)
-    return examples
-
-
-def render(game, value, answer, rng):
-    """The Example with these values, {feature: number}, and this answer."""
-    groups = [[f"{f.name}: {value[f]:.{f.decimals}f}{f.unit}" for f in group]
-              for group in (game.causal, game.spurious, game.irrelevant)]
-    if game.shuffle:
+        answer = game.answer(sum(f.weight * value[f] for f in game.causal))
+        groups = [[f"{f.name}: {value[f]:.{f.decimals}f}{f.unit}" for f in group]
+                  for group in (game.causal, game.spurious, game.irrelevant)]
         phrases = sum(groups, [])
-        features = ", ".join(rng.sample(phrases, len(phrases)))
-    else:
-        features = ". ".join("; ".join(group) for group in groups)
-    return Example(game.question.replace("{features}", features), answer, ({answer: groups[0]},),
-                   tuple(groups[1]), tuple(groups[2]))
+        text = (", ".join(rng.sample(phrases, len(phrases))) if game.shuffle
+                else ". ".join("; ".join(group) for group in groups))
+        example = Example(game.question.replace("{features}", text), answer,
+                          ({answer: groups[0]},), tuple(groups[1]))
+        if key(example) not in seen:
+            seen.add(key(example))
+            examples.append(example)
+            misses = 0
+        elif (misses := misses + 1) == 1000:
+            raise ValueError(f"{game.name} has too few different examples for {n}: ask for fewer")
+    return examples
 
 
 # One value each: 8, -6.9, .5, 1,000, 1/3, 7:50, 0-100, 2024-05-06, 1e-5. None: PM2.5, B12, F-16.
@@ -200,21 +189,21 @@ def phrase_pattern(phrase, whole, flags):
         apart = unicodedata.normalize("NFD", c)
         return QUOTES.get(c) or (re.escape(c) if c == apart else f"(?:{c}|{apart})")
 
-    phrase = unicodedata.normalize("NFC", phrase.strip())
-    pattern = r"\s+".join("".join(map(alike, word)) for word in phrase.split())
-    if whole and re.match(r"[-−.]?\w", phrase):
-        pattern = r"(?<!\w)" + r"(?<!\d[.,:/–-])(?<!\W[-−.])" * phrase[0].isdigit() + pattern
-    if whole and re.search(r"\w$", phrase):
-        pattern += r"(?!\w)" + r"(?![.,:/–-]\d)" * phrase[-1].isdigit()
+    words = unicodedata.normalize("NFC", phrase).split()
+    pattern = r"\s+".join("".join(map(alike, word)) for word in words)
+    if whole and re.match(r"[-−.]?\w", words[0]):
+        pattern = r"(?<!\w)" + r"(?<!\d[.,:/–-])(?<!\W[-−.])" * words[0][0].isdigit() + pattern
+    if whole and re.search(r"\w$", words[-1]):
+        pattern += r"(?!\w)" + r"(?![.,:/–-]\d)" * words[-1][-1].isdigit()
     return re.compile(pattern, flags)
 
 
 def find(text, phrase, starts, notes):
     """The spans of a phrase in text, from the first of the starts that has any: whole and as written,
-    else in any case, else inside words. Notes what is inside words or not found."""
-    for whole, flags, start in itertools.product((True, False), (0, re.I), starts):
-        matches = phrase_pattern(phrase, whole, flags).finditer(text[start:]) if phrase.strip() else ()
-        spans = [(start + m.start(), start + m.end()) for m in itertools.islice(matches, MANY + 1)]
+    else in any case, else inside words, which is noted, as is a phrase that is not found."""
+    for whole, flags, start in product((True, False), (0, re.I), starts) if phrase.strip() else ():
+        found = phrase_pattern(phrase, whole, flags).finditer(text[start:])
+        spans = [(start + m.start(), start + m.end()) for m in islice(found, MANY + 1)]
         if 0 < len(spans) <= MANY:
             notes["inside words"] += [] if whole else [phrase]
             return spans
@@ -223,25 +212,23 @@ def find(text, phrase, starts, notes):
 
 
 def phrases_to_edges(example):
-    """Phrases to spans, (start, end) in characters of input + target (the paper's causal supervision
-    signals). An effect is looked for in the target, then everywhere; a cause counts where it ends
-    before its effect starts.
+    """The phrases of an Example as spans, (start, end) in characters of input + target (the paper's
+    causal supervision signals). An effect is looked for in the target, then everywhere; a cause
+    counts where it ends before its effect starts.
 
     Returns (edges, roles, notes). edges: [(effect span, cause span)]: who predicts the effect should
-    look at the cause. roles: the spans of causes of the answer, of spurious and of irrelevant phrases.
-    notes: {what: [phrases]} of phrases "not found", "inside words" or "late", never before an effect."""
+    look at the cause. roles: spans of causes of the answer, and of spurious phrases. notes: {what:
+    [phrases]} of phrases "not found", found "inside words", or "late", never before an effect."""
     text, n, edges, notes = example.input + example.target, len(example.input), {}, defaultdict(list)
-    for effect, causes in ((e, c) for group in example.important for e, c in group.items()):
+    for effect, causes in (pair for group in example.important for pair in group.items()):
         effects = find(text, effect, (n, 0), notes)
         for cause in causes if effects else ():
             spans = find(text, cause, (0,), notes)
             pairs = [(e, c) for e in effects for c in spans if c[1] <= e[0]]
             edges.update(dict.fromkeys(pairs))
             notes["late"] += [cause] if spans and not pairs else []
-    roles = [[cause for effect, cause in edges if effect[1] > n], *(
-        [span for phrase in phrases for span in find(example.input, phrase, (0,), notes)]
-        for phrases in (example.spurious, example.irrelevant))]
-    return list(edges), roles, notes
+    spurious = [span for phrase in example.spurious for span in find(text[:n], phrase, (0,), notes)]
+    return list(edges), ([cause for effect, cause in edges if effect[1] > n], spurious), notes
 
 
 def as_list(value):
@@ -257,53 +244,48 @@ def merge(pairs):
 
 
 def parse_example(line, source=""):
-    """A line of JSON, bytes or text, as an Example. ValueError says what is wrong and what to do."""
+    """A line of JSON as an Example. ValueError says what is wrong and what to do."""
     try:
         fields = json.loads(line, object_pairs_hook=merge)
-        text = {key: fields[key] for key in ("input", "target")}
-    except (ValueError, RecursionError):
-        raise ValueError("broken JSON: write one object on each line, in UTF-8") from None
-    except (KeyError, TypeError):
-        raise ValueError('not an example: write {"input": ..., "target": ...}') from None
-    if type(text["target"]) in (int, float):
-        text["target"] = str(text["target"])
-    for key, value in text.items():
-        if not isinstance(value, str) or not value.strip() or not value.isprintable() and (
-                value != value.encode("utf-8", "ignore").decode()):
-            raise ValueError(f'"{key}" is {value!r:.40}: give a text')
+        input, target = fields["input"], fields["target"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise ValueError('no JSON object: write {"input": ..., "target": ...} on a line') from None
+    target = str(target) if type(target) in (int, float) else target
+    for key, text in ("input", input), ("target", target):
+        if not isinstance(text, str) or not text.strip() or re.search("[\ud800-\udfff]", text):
+            raise ValueError(f'"{key}" is {text!r:.40}: give a text')
     try:
         important = tuple({effect: as_list(causes) for effect, causes in group.items()}
                           for group in as_list(fields.get("important") or []))
-        others = [tuple(as_list(fields.get(role) or [])) for role in ("spurious", "irrelevant")]
-        "".join(sum((c for group in important for c in group.values()), [])) + "".join(sum(others, ()))
+        spurious = tuple(as_list(fields.get("spurious") or []))
+        "".join(sum((causes for group in important for causes in group.values()), [*spurious]))
     except (AttributeError, TypeError):
-        raise ValueError('"important", "spurious" or "irrelevant" has the wrong shape: give '
-                         '[{"effect": ["cause", ...]}, ...] and ["phrase", ...]') from None
-    return Example(text["input"], text["target"], important, *others, source)
+        raise ValueError('"important" or "spurious" has the wrong shape: give [{"effect": ["cause", '
+                         '...]}, ...] and ["phrase", ...]') from None
+    return Example(input, target, important, spurious, source)
 
 
 def read(path):
     """A JSON Lines file as (list of Example, summary line). Phrases that are not found are counted.
     ValueError for a bad line, as "file:line: what, and what to do"; OSError for an unreadable file."""
-    examples, counts, shown, edges_at = [], Counter(), {}, Counter()
-    with open(path, "rb") as file:
+    examples, counts, shown = [], Counter(), {}
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
         for n, line in enumerate(file, 1):
-            if not line.strip(b"\xef\xbb\xbf \t\r\n"):
+            if not line.strip():
                 continue
             try:
-                examples.append(parse_example(line.decode("utf-8-sig"), f"{path}:{n}"))
+                examples.append(parse_example(line, f"{path}:{n}"))
             except ValueError as error:
-                what = "not UTF-8: save it as UTF-8" if isinstance(error, UnicodeError) else error
-                raise ValueError(f"{path}:{n}: {what}") from None
-            edges, (causal, *_), notes = phrases_to_edges(examples[-1])
-            edges_at.update(some=bool(edges), answer=bool(causal))
+                raise ValueError(f"{path}:{n}: {error}") from None
+            edges, (causal, _), notes = phrases_to_edges(examples[-1])
+            counts.update({"edges": bool(edges), "edges at the answer": bool(causal)})
             for what, phrases in notes.items():
                 counts[what] += len(phrases)
                 shown.setdefault(what, f"line {n}: {phrases[0]!r}") if phrases else None
     if not examples:
         raise ValueError(f"{path}: no examples: give one JSON object on each line")
-    return examples, (f"{path}: {len(examples)} examples, {edges_at['some']} with edges, "
-                      f"{edges_at['answer']} with edges at the answer" + "".join(
+    return examples, (f"{path}: {len(examples)} examples, {counts['edges']} with edges, "
+                      f"{counts['edges at the answer']} with edges at the answer" + "".join(
                           f"; {counts[what]} phrases {what}, such as {shown[what]}" for what in shown))
 
 
@@ -313,11 +295,17 @@ def dump(example):
     return json.dumps(fields, ensure_ascii=False) + "\n"
 
 
+def save(path, content):
+    """Writes bytes by way of path + ".tmp": at path there is the old file or the new one, whole."""
+    with open(f"{path}.tmp", "wb") as file:
+        file.write(content)
+    os.replace(f"{path}.tmp", path)
+
+
 def fixed_question(examples):
     """What all inputs begin and end with, in whole words: (prefix, suffix)."""
     inputs = [example.input for example in examples]
-    begin = os.path.commonprefix(inputs)
-    end = os.path.commonprefix([text[::-1] for text in inputs])[::-1]
+    begin, end = (os.path.commonprefix([text[::step] for text in inputs])[::step] for step in (1, -1))
     return re.sub(r"\w+$", "", begin), re.sub(r"^\w+", "", end)
 
 
@@ -332,16 +320,15 @@ def hold_out(examples, share, seed):
     """Splits examples into (train, iid, ood): a share of the different inputs, 0 to 1, is held out,
     as it is (iid) and with other numbers (ood). ValueError when nothing is left to train or test on.
 
-    ood: where all labels were found, the numbers that belong to no cause and stand outside
-    `fixed_question` change places, so that what went along with a cause no longer does and the answer
-    stays true. Only examples that this changes are in it."""
+    ood: where all labels were found, the numbers that belong to no cause, nor to `fixed_question`,
+    change places, so that what went along with a cause no longer does and the answer stays true.
+    Only examples that this changes are in it."""
     rng, inputs = random.Random(seed), sorted({example.input for example in examples})
-    held_out = set(rng.sample(inputs, max(1, round(share * len(inputs))))) if 0 < share < 1 else {}
-    train, iid, ood = [], [], []
-    for example in examples:
-        (iid if example.input in held_out else train).append(example)
-    if not train or not iid:
+    n = max(1, round(share * len(inputs))) if 0 < share < 1 else 0
+    if not 0 < n < len(inputs):
         raise ValueError(f"--val is {share:g}: give a share between 0 and 1, and more examples")
+    held_out, ood = set(rng.sample(inputs, n)), []
+    train, iid = ([e for e in examples if (e.input in held_out) == held] for held in (False, True))
     before, after = map(len, fixed_question(examples))
     for example in iid:
         edges, _, notes = phrases_to_edges(example)
@@ -349,10 +336,9 @@ def hold_out(examples, share, seed):
                 if before <= start and end <= len(example.input) - after
                 and not any(a < end and start < b for _, (a, b) in edges)]
         values = [example.input[slice(*span)] for span in free]
-        rng.shuffle(values)
-        text = substitute(example.input, dict(zip(free, values)))
+        text = substitute(example.input, dict(zip(free, rng.sample(values, len(values)))))
         if edges and not notes["not found"] and text != example.input:
-            ood.append(replace(example, input=text, spurious=(), irrelevant=()))
+            ood.append(replace(example, input=text, spurious=()))
     return train, iid, ood
 
 
@@ -363,10 +349,11 @@ def redraw_spurious(examples, seed):
     for phrase in (phrase for example in examples for phrase in example.spurious):
         pool[NUMBER.sub("N", phrase)].append(phrase)
     for example in examples:
-        new = [rng.choice(pool[NUMBER.sub("N", phrase)]) for phrase in example.spurious]
-        changes = {span: text for phrase, text in zip(example.spurious, new)
+        new = {phrase: rng.choice(pool[NUMBER.sub("N", phrase)]) for phrase in example.spurious}
+        changes = {span: new[phrase] for phrase in new
                    for span in find(example.input, phrase, (0,), defaultdict(list))}
-        redrawn.append(replace(example, input=substitute(example.input, changes), spurious=tuple(new)))
+        redrawn.append(replace(example, input=substitute(example.input, changes),
+                               spurious=tuple(new.values())))
     return redrawn
 
 
@@ -378,11 +365,10 @@ def reorder(example, rng):
     """The same example with the "Name: number" items of its input in another order, or as it is when
     that would lose an edge, other words stand between two items, or two have one name."""
     items = list(ITEM.finditer(example.input))
-    between = [example.input[a.end():b.start()] for a, b in itertools.pairwise(items)]
-    if len({item[1] for item in items}) < len(items) or re.search(r"\w", "".join(between)):
+    between = "".join(example.input[a.end():b.start()] for a, b in pairwise(items))
+    if len({item[1] for item in items}) < len(items) or re.search(r"\w", between):
         return example
-    order = rng.sample(items, len(items))
-    changes = {old.span(): new[0] for old, new in zip(items, order)}
+    changes = {old.span(): new[0] for old, new in zip(items, rng.sample(items, len(items)))}
     moved = replace(example, input=substitute(example.input, changes))
     same = len(phrases_to_edges(moved)[0]) == len(phrases_to_edges(example)[0])
     return moved if same else example
@@ -417,7 +403,18 @@ def character_offsets(tokenizer, tokens):
     bounds = list(accumulate(map(len, pieces), initial=0))
     # the number of characters begun up to each byte: the later bytes of one are 10xxxxxx in UTF-8
     begun = list(accumulate(byte & 0xC0 != 0x80 for byte in b"".join(pieces)))
-    return [(begun[start] - 1, begun[end - 1]) for start, end in zip(bounds, bounds[1:])]
+    return [(begun[start] - 1, begun[end - 1]) for start, end in pairwise(bounds)]
+
+
+def character_tokens(tokenizer, tokens):
+    """Tokens as [(text, [positions])]; those that share a character are together."""
+    groups, text = [], tokenizer.decode(tokens)
+    for t, (start, end) in enumerate(character_offsets(tokenizer, tokens)):
+        if groups and start < groups[-1][1]:
+            groups[-1] = groups[-1][0], max(end, groups[-1][1]), groups[-1][2] + [t]
+        else:
+            groups.append((start, end, [t]))
+    return [(text[start:end], positions) for start, end, positions in groups]
 
 
 def tokens_of(span, offsets):
@@ -426,12 +423,12 @@ def tokens_of(span, offsets):
 
 
 def token_edges(edges, offsets):
-    """Edges between spans to sorted (query, key) pairs of tokens, for any tokenizer.
+    """Edges between spans as sorted (query, key) pairs of tokens, for any tokenizer.
 
-    edges: ((effect span, cause span), ...), as in Example. offsets: [(start, end)] of the tokens in
-    characters, as a fast tokenizer returns with return_offsets_mapping=True; (0, 0) is no text.
-    A decoder predicts token t + 1 at position t: an effect on tokens s..e is predicted by the
-    queries s-1..e-1, and those get the edges. Keys are the cause's tokens before s."""
+    edges: [(effect span, cause span)]. offsets: [(start, end)] of the tokens in characters, as a fast
+    tokenizer returns with return_offsets_mapping=True; (0, 0) is no text. A decoder predicts token
+    t + 1 at position t: an effect on tokens s..e is predicted by the queries s-1..e-1, and those get
+    the edges. Keys are the cause's tokens before s."""
     pairs = set()
     for effect, cause in edges:
         predicted, keys = tokens_of(effect, offsets), tokens_of(cause, offsets)
@@ -439,19 +436,19 @@ def token_edges(edges, offsets):
     return sorted(pairs)
 
 
-def chosen_edges(example, edges, roles, how, rng):
-    """The edges with causes narrowed to their numbers ("value": "Smoking: 8" to "8") or whole ("span");
-    as controls, with spurious numbers ("spurious") or as many random words ("random") instead."""
-    text = example.input + example.target
+def narrow_edges(text, edges, spurious, how, rng):
+    """Edges whose causes are narrowed to their numbers ("value": "Smoking: 8" to "8") or whole
+    ("span"); as controls, spurious numbers ("spurious") or as many words at random ("random")."""
     narrow = lambda span: how != "span" and numbers_in(text, span) or [span]
-    chosen = [(effect, part) for effect, cause in edges for part in narrow(cause)]
+    narrowed = [(effect, part) for effect, cause in edges for part in narrow(cause)]
     if how in ("value", "span"):
-        return chosen
+        return narrowed
     wrong = []
-    for effect, n in Counter(effect for effect, _ in chosen).items():
+    for effect, n in Counter(effect for effect, _ in narrowed).items():
         words = [word.span() for word in re.finditer(r"\w+", text[:effect[0]])]
-        wrong += [(effect, part) for part in (rng.sample(words, min(n, len(words))) if how == "random"
-                                              else [part for span in roles[1] for part in narrow(span)])]
+        numbers = [part for span in spurious for part in narrow(span)]
+        chosen = numbers if how == "spurious" else rng.sample(words, min(n, len(words)))
+        wrong += [(effect, part) for part in chosen]
     return wrong
 
 
@@ -470,41 +467,39 @@ class Dataset:
     """N encoded examples, padded on the right to the longest, T tokens; a batch is cut from it."""
     tokenizer: tiktoken.Encoding
     question: tuple  # what all inputs begin and end with
-    answers: tuple  # the different targets
     idx: torch.Tensor  # (N, T) token ids
     targets: torch.Tensor  # (N, T) the token after each position, -100 where there is none
     answer: torch.Tensor  # (N, T) bool: positions that predict a token of the answer, END included
     role: torch.Tensor  # (N, T) index into ROLES
-    item: torch.Tensor  # (N, T) where the item of each cause and effect token starts; else T or more
+    item: torch.Tensor  # (N, T) where the item of a cause or effect token starts; T or more: none
     edges: torch.Tensor  # (E, 2) query and key of each edge, example after example
     first_edge: torch.Tensor  # (N + 1,) where each example's edges start in `edges`
 
 
 def encode(examples, tokenizer, edges="value", device="cpu", seed=0):
-    """Examples to a Dataset. edges: see `chosen_edges`; seed: of "random"."""
-    end, rng, far = tokenizer.encode_single_token(END), random.Random(seed), 2 ** 30
-    ids, roles, items, pairs = (array("i") for _ in range(4))  # flat: lists take ten times the memory
+    """Examples to a Dataset. edges: as `how` of `narrow_edges`; seed: of its "random"."""
+    rng, end, far = random.Random(seed), tokenizer.encode_single_token(END), 2 ** 30
+    ids, role, item, pairs = (array("i") for _ in range(4))  # flat: lists take ten times the memory
     prompts, lengths, first_edge = [], [], [0]
     for example in examples:
         text, prompt = example.input + example.target, tokenizer.encode_ordinary(example.input)
         tokens = prompt + tokenizer.encode_ordinary(example.target)
-        offsets = character_offsets(tokenizer, tokens)
-        spans, roles_of, _ = phrases_to_edges(example)
-        linked = chosen_edges(example, spans, roles_of, edges, rng)
-        for pair in token_edges(linked, offsets):
-            pairs.extend(pair)
-        item, role = [far] * len(tokens), [0] * len(tokens)
-        for span in {span for edge in linked for span in edge}:
+        offsets, n = character_offsets(tokenizer, tokens), len(ids)
+        ids.extend(tokens)
+        role.extend([0] * len(tokens))
+        item.extend([far] * len(tokens))
+        links, (causal, spurious), _ = phrases_to_edges(example)
+        for r, span in [(1, span) for span in causal] + [(2, span) for span in spurious]:
+            for part in edges != "span" and numbers_in(text, span) or [span]:
+                for t in tokens_of(part, offsets):
+                    role[n + t] = r
+        links = narrow_edges(text, links, spurious, edges, rng)
+        for span in {span for link in links for span in link}:
             inside = tokens_of(item_of(text, span), offsets)
             for t in inside:
-                item[t] = min(item[t], inside[0])
-        for r, part in ((r, part) for r, spans in enumerate(roles_of, 1) for span in spans
-                        for part in (edges != "span" and numbers_in(text, span) or [span])):
-            for t in tokens_of(part, offsets):
-                role[t] = r
-        ids.extend(tokens)
-        roles.extend(role)
-        items.extend(item)
+                item[n + t] = min(item[n + t], inside[0])
+        for pair in token_edges(links, offsets):
+            pairs.extend(pair)
         prompts.append(len(prompt))
         lengths.append(len(tokens))
         first_edge.append(len(pairs) // 2)
@@ -515,14 +510,14 @@ def encode(examples, tokenizer, edges="value", device="cpu", seed=0):
     def pad(flat, value):
         padded = torch.full(held.shape, value)
         padded[held] = torch.tensor(np.array(flat), dtype=torch.long)
-        return padded[:, :-1]
+        return padded
 
-    idx, answer = pad(ids, end), held & (position >= prompts - 1)
-    targets = torch.cat((idx[:, 1:], torch.full_like(prompts, end)), dim=1)
-    tensors = (idx, targets.masked_fill(~held[:, :-1], -100), answer[:, :-1], pad(roles, 0),
-               pad(items, far), torch.tensor(np.array(pairs).reshape(-1, 2)).long(), torch.tensor(first_edge))
-    return Dataset(tokenizer, fixed_question(examples), tuple(sorted({e.target for e in examples})),
-                   *(tensor.contiguous().to(device) for tensor in tensors))
+    idx = pad(ids, end)
+    targets = idx[:, 1:].masked_fill(~held[:, :-1], -100)
+    answer = held & (position >= prompts - 1)
+    tensors = (idx[:, :-1], targets, answer[:, :-1], pad(role, 0)[:, :-1], pad(item, far)[:, :-1],
+               torch.tensor(np.array(pairs).reshape(-1, 2)).long(), torch.tensor(first_edge))
+    return Dataset(tokenizer, fixed_question(examples), *(x.contiguous().to(device) for x in tensors))
 
 
 def adjacency_of(data, ix):
@@ -543,30 +538,6 @@ def inside_of(data, ix):
     what it predicts."""
     position = torch.arange(data.idx.shape[1], device=data.idx.device)
     return (data.item[ix][:, :, None] <= position) & (position <= position[:, None])
-
-
-def character_tokens(tokenizer, tokens):
-    """Tokens as (text, [positions]); those that share a character are together."""
-    groups = []
-    for t, (start, end) in enumerate(character_offsets(tokenizer, tokens)):
-        if groups and start < groups[-1][1]:
-            groups[-1] = groups[-1][0], max(end, groups[-1][1]), groups[-1][2] + [t]
-        else:
-            groups.append((start, end, [t]))
-    text = tokenizer.decode(tokens)
-    return [(text[start:end], positions) for start, end, positions in groups]
-
-
-def pieces_of(tokenizer):
-    """The pieces from which `tokenizer_from` makes the tokenizer again."""
-    return [tokenizer.decode_single_token_bytes(i) for i in range(tokenizer.n_vocab - 1)]
-
-
-def save(path, content):
-    """Writes bytes by way of path + ".tmp": at path there is the old file or the new one, whole."""
-    with open(f"{path}.tmp", "wb") as file:
-        file.write(content)
-    os.replace(f"{path}.tmp", path)
 
 
 def show(examples, row=None):

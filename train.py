@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 from cat import FORMS, attention_ratio, average_attention, gamma_at, re_attention_loss
 from data import (EDGES, END, GAMES, ROLES, adjacency_of, build_tokenizer, character_tokens, encode,
-                  generate, hold_out, inside_of, pieces_of, read, redraw_spurious, reorder, save,
+                  generate, hold_out, inside_of, read, redraw_spurious, reorder, save,
                   tokenizer_from)
 from model import GPT, GPTConfig
 
@@ -167,9 +167,11 @@ def train(args, seed, run, data, metrics):
     # Going on ends as an unbroken run would, since nothing random happens in a step: the order of
     # the examples follows from the seed; weights, optimiser and step stand in the checkpoint.
     order = torch.cat([torch.randperm(n) for _ in range(args.steps * B // n + 1)])
+    pieces = [tokenizer.decode_single_token_bytes(i) for i in range(tokenizer.n_vocab - 1)]
     begun = {"argv": args.argv, "run": run, "seed": seed, "threads": args.threads, "sizes": sizes,
-             "question": list(data["train"].question),
-             "answers": list(data["train"].answers), "tokenizer": pieces_of(tokenizer),
+             "question": list(data["train"].question), "tokenizer": pieces, "answers": sorted(
+                 {tokenizer.decode(ids[at].tolist()).removesuffix(END)
+                  for ids, at in zip(data["train"].targets, data["train"].answer)}),
              "data": zlib.crc32(data["train"].idx.cpu().numpy())}
     path, state = Path(args.out, f"{run}-{seed}.pt"), {**begun, "step": 0, "metrics": []}
     if args.resume and path.exists():
