@@ -9,7 +9,7 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
+import threading
 import unicodedata
 from array import array
 from collections import Counter, defaultdict
@@ -541,180 +541,195 @@ def inside_of(data, ix):
 
 
 def show(examples, row=None):
-    """What was understood of examples, as text: answers, tokens, and the edges of one of them, of line
-    `row` of the file or the first with any, as queries, what they predict, and their keys."""
+    """What was understood of examples, as text, with the edges of one drawn: of line `row` of its
+    file, or the first that has any. ValueError when no example is on that line."""
     tokenizer = build_tokenizer(e.input + e.target for e in examples)
     data, answers = encode(examples, tokenizer), Counter(e.target for e in examples)
-    n = next((n for n, e in enumerate(examples) if e.source.endswith(f":{row}") or
-              row is None and data.first_edge[n] < data.first_edge[n + 1]), None)
-    if row is not None and n is None:
+    drawn = [n for n, e in enumerate(examples) if e.source.endswith(f":{row}")]
+    if row is None:
+        drawn = data.first_edge.diff().nonzero()[:, 0].tolist() or [0]
+    elif not drawn:
         raise ValueError(f"--row is {row}: give the line of an example")
-    lines = [f"answers: {len(answers)}, such as " + ", ".join(
-        f"{answer!r} {count / len(examples):.1%}" for answer, count in answers.most_common(5)),
-        f"tokens: at most {data.idx.shape[1]}, {tokenizer.n_vocab} in the vocabulary",
-        f"edges: {len(data.edges)}"]
-    if n is not None:
-        lines.append(examples[n].input + examples[n].target)
-        token = [repr(tokenizer.decode([t])) for t in data.idx[n].tolist()]
-        looks = defaultdict(list)
-        for query, key in data.edges[data.first_edge[n]:data.first_edge[n + 1]].tolist():
-            looks[query].append(f"{token[key]} at {key}")
-        lines += [f"  {token[query]} at {query} predicts {token[query + 1]}, looks at "
-                  + ", ".join(keys) for query, keys in looks.items()]
-    return "\n".join(lines)
+    n, token, looks = drawn[0], {}, defaultdict(dict)
+    for text, positions in character_tokens(tokenizer, data.idx[n].tolist()):
+        token |= dict.fromkeys(positions, f"{text!r} at {positions[0]}")
+    for query, key in data.edges[data.first_edge[n]:data.first_edge[n + 1]].tolist():
+        looks[f"{token[query]} predicts {token[query + 1]}"][token[key]] = True
+    shares = (f"{answer!r} {count / len(examples):.1%}" for answer, count in answers.most_common(5))
+    return "\n".join([
+        f"answers: {len(answers)}, {', '.join(shares)}",
+        f"tokens: {data.idx.shape[1]} in the longest, {tokenizer.n_vocab} in the vocabulary",
+        f"edges: {len(data.edges)}", examples[n].input + examples[n].target,
+        "each query, the token it predicts, the keys it should look at:",
+        *(f"  {query}  <-  {'  '.join(keys)}" for query, keys in looks.items())])
 
 
 INSTRUCTION = """Each line below is a text as JSON: an input and the target that follows it.
 "important" says which phrases decide which later ones, as [{effect: [causes]}]; the effect is most
-often the target. Copy the phrases from the text letter by letter. A cause stands before its effect;
-what merely goes along with an effect is no cause. Reply with the "important" of the last line alone.
+often the target. Copy phrases from the text letter by letter. A cause stands before its effect; what
+merely goes along with an effect is no cause. Reply with the "important" of the last line alone.
 
 """
 
 
 def ask_assistant(command, prompt, time_limit):
     """What a command, a list of words, prints when it reads the prompt on standard input. ValueError
-    when it fails or takes more than time_limit seconds; OSError when it can't be started."""
+    when it fails, prints over a megabyte, or takes over time_limit seconds."""
     try:
-        done = subprocess.run(command, input=prompt, capture_output=True, timeout=time_limit,
-                              text=True, errors="replace")
+        done = subprocess.run(command, input=prompt.encode(), stdout=subprocess.PIPE,
+                              stderr=subprocess.DEVNULL, timeout=time_limit)
     except subprocess.TimeoutExpired:
-        raise ValueError(f"no reply in {time_limit:g} seconds") from None
-    if done.returncode:
-        raise ValueError(f"exit status {done.returncode}")
-    return done.stdout
+        raise ValueError(f"not done in {time_limit:g} seconds") from None
+    if done.returncode or len(done.stdout) > 1_000_000:
+        raise ValueError(f"exit status {done.returncode}, {len(done.stdout)} bytes")
+    return done.stdout.decode(errors="replace")
 
 
-def parse_reply(reply, example, prompt=""):
-    """The example with the labels of an assistant's reply: its {effect: [causes]} objects, of which
-    phrases in the text, cause before effect, are kept. ValueError when that is nothing, and for JSON
-    that is cut or malformed; thoughts and lines of the prompt are no answer."""
-    reply = re.sub(r"(?s)<think>.*?(</think>|$)", "", reply[:100_000])
-    asked = set(prompt.splitlines())
-    reply = "\n".join(line for line in reply.splitlines() if line not in asked)
-    important, end = [], 0
-    while start := re.compile(r"""\{\s*["'“‘]|\[\s*\{""").search(reply, end):
-        try:
-            value, end = json.JSONDecoder(object_pairs_hook=merge).raw_decode(reply, start.start())
-        except (ValueError, RecursionError):
-            raise ValueError(f"malformed JSON {reply[start.start():][:40]!r}") from None
-        important += as_list(value.get("important", value) if isinstance(value, dict) else value)
-    example = parse_example(json.dumps({**vars(example), "important": important[:100]}), example.source)
-    text, kept = example.input + example.target, {}
-    for effect, cause in phrases_to_edges(example)[0]:
-        kept.setdefault(text[slice(*effect)], {})[text[slice(*cause)]] = True
-    if not kept:
-        raise ValueError(f"no {{effect: [causes]}} with phrases of the text in {reply[:40]!r}")
-    return replace(example, important=({effect: list(causes) for effect, causes in kept.items()},))
+def parse_reply(reply, example):
+    """The example with the labels of an assistant's reply: its last JSON objects without words between
+    them. ValueError for thoughts without an end, JSON that is broken or cut, and no edge at all."""
+    reply, values, end = reply.rpartition("</think>")[2], [], 0  # before that stands a draft
+    decoder = json.JSONDecoder(object_pairs_hook=merge)
+    for start in (m.start() for m in re.finditer(r"""\{\s*["'“‘]|\[\s*\{|<think>""", reply)):
+        if start >= end:
+            try:
+                value, stop = decoder.raw_decode(reply, start)
+            except (ValueError, RecursionError):
+                raise ValueError(f"broken or cut at {reply[start:start + 40]!r}") from None
+            values = as_list(value) + (values if not reply[end:start].strip(" \r\n\t,") else [])
+            end = stop
+    important = []
+    for value in values:
+        if isinstance(value, dict) and value.keys() & {"input", "important"}:  # an echo of the prompt?
+            value = value.get("input", example.input) == example.input and value.get("important") or []
+        important += as_list(value)
+    fields = {"input": example.input, "target": example.target, "important": important[:1000]}
+    labelled = replace(parse_example(json.dumps(fields)), source=example.source)
+    if not phrases_to_edges(labelled)[0]:
+        raise ValueError("no {effect: [causes]} of phrases in the text")
+    return labelled
+
+
+def done_in(path):
+    """{(input, target)} of the lines of an output file, which loses a last line that a kill has cut.
+    ValueError for any other line that is no example."""
+    content = open(path, "rb").read() if os.path.exists(path) else b""
+    whole, newline, last = content.rpartition(b"\n")
+    try:
+        parse_example(last)
+    except ValueError:
+        save(path, whole + newline)
+    else:
+        save(path, content + b"\n")
+    return {(e.input, e.target) for e in read(path)[0]} if whole.strip() else set()
 
 
 def annotate(questions, demos, assistant, out, jobs=4, time_limit=60):
     """Labels the examples of a file (the paper's first step: human examples, then an assistant).
 
-    questions, demos, out: JSON Lines files; every demo needs labels. assistant: a command that reads
-    a prompt and prints a reply; it gets three tries of time_limit seconds an example, `jobs` at once.
-    Each example is appended to out when it is done, without labels when no reply was usable; those
-    in out are done, so that the same command goes on. ValueError or OSError for wrong arguments."""
-    command, (shown, _), (asked, summary) = shlex.split(assistant), read(demos), read(questions)
+    questions, demos, out: JSON Lines files; every demo has labels. assistant: a command that reads a
+    prompt and prints a reply, within time_limit seconds, tried three times an example, `jobs` at once.
+    A line is appended to out when its answer comes, without labels when no reply is of use; what
+    stands in out is not asked again. ValueError or OSError for wrong arguments."""
+    command, (shown, _), (examples, summary) = shlex.split(assistant), read(demos), read(questions)
+    if not command or not shutil.which(command[0]):
+        raise ValueError(f"--assistant is {assistant!r}: give a program and its flags")
+    if os.path.exists(out) and any(os.path.samefile(out, path) for path in (questions, demos)):
+        raise ValueError(f"--out is {out}: give a file of its own")
     for demo in shown:
         if not phrases_to_edges(demo)[0]:
-            raise ValueError(f'{demo.source}: no usable "important": give [{{effect: [causes]}}]')
-    if not command or not shutil.which(command[0]):
-        raise ValueError(f"--assistant is {assistant!r}: give a command that can be run")
-    done, kept = set(), []
-    for n, line in enumerate(open(out, encoding="utf-8") if os.path.exists(out) else (), 1):
-        try:
-            example = parse_example(line)
-        except ValueError as error:
-            if line.endswith("\n"):  # else cut by a kill
-                raise ValueError(f"{out}:{n}: {error}, or give another --out") from None
-            continue
-        done.add((example.input, example.target))
-        kept.append(line.rstrip("\n") + "\n")
-    save(out, "".join(kept).encode())
-    prompt, problems = INSTRUCTION + "".join(map(dump, shown)), []
+            raise ValueError(f'{demo.source}: no usable "important": give phrases of the text')
+    prompt, done, lock = INSTRUCTION + "".join(map(dump, shown)), done_in(out), threading.Lock()
+    todo = {(e.input, e.target): e for e in examples if (e.input, e.target) not in done}.values()
+    problems = []  # of examples without a usable reply
 
     def label(example):
-        question = prompt + dump(replace(example, important=()))
+        labelled, problem = replace(example, important=()), ""
+        question = prompt + dump(labelled)
         for _ in range(3):
             try:
-                return parse_reply(ask_assistant(command, question, time_limit), example, question)
+                labelled = parse_reply(ask_assistant(command, question, time_limit), example)
+                break
             except ValueError as error:
                 problem = f"{example.source}: {error}"
-        problems.append(problem)
-        return replace(example, important=())
+        else:
+            problems.append(problem)
+        with lock, open(out, "a", encoding="utf-8") as file:
+            file.write(dump(labelled))
 
-    todo = [example for example in asked if (example.input, example.target) not in done]
-    pool = ThreadPoolExecutor(jobs)
-    try:
-        answers = as_completed([pool.submit(label, example) for example in todo])
-        for answer in tqdm(answers, total=len(todo), disable=None):
-            with open(out, "a", encoding="utf-8") as file:
-                file.write(dump(answer.result()))
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-    print(f"{summary}\n{read(out)[1]}; {len(problems)} without a usable reply", *problems[:1], sep=", ")
+    print(summary)
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            for answer in tqdm(as_completed([pool.submit(label, example) for example in todo]),
+                               total=len(todo), disable=None):
+                answer.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # answers under way are still written
+    print(read(out)[1] + f"; {len(problems)} asked now have no usable reply"
+          + "".join(f", such as {problem}" for problem in problems[:1]))
 
 
 def check(labelled, truth):
-    """How well the labels of a file are those of a true one, as text; examples are paired by input and
-    target. ValueError when none has a partner."""
-    (examples, _), (true_examples, _) = read(labelled), read(truth)
-    gold = {(e.input, e.target): set(phrases_to_edges(e)[0]) for e in true_examples}
-    tp, n_predicted, n_gold, n, worst = 0, 0, 0, 0, []
-    for e in examples:
-        if (e.input, e.target) in gold:
-            predicted, true = set(phrases_to_edges(e)[0]), gold[e.input, e.target]
-            tp, n_predicted = tp + len(predicted & true), n_predicted + len(predicted)
-            n_gold, n = n_gold + len(true), n + 1
-            named = [", ".join((e.input + e.target)[slice(*cause)] for _, cause in sorted(edges))
-                     for edges in (true - predicted, predicted - true)]
-            worst.append((len(predicted ^ true), f"{e.source}: missing: {named[0]}; too many: {named[1]}"))
-    if not n:
-        raise ValueError(f"{labelled}: no example is in {truth} too: compare labels of the same texts")
-    lines = [f"{n} examples compared; without a partner: {len(examples) - n} labelled, "
-             f"{len(true_examples) - n} true",
-             f"edges: precision {tp / max(n_predicted, 1):.3f}, recall {tp / max(n_gold, 1):.3f}, "
-             f"F1 {2 * tp / max(n_predicted + n_gold, 1):.3f}"]
-    return "\n".join(lines + [line for wrong, line in sorted(worst, reverse=True)[:5] if wrong])
+    """How well labelled Examples have the edges of the true ones, as text; paired by input and target.
+    ValueError when no text is in both."""
+    gold = {(e.input, e.target): set(phrases_to_edges(e)[0]) for e in truth}
+    pairs = [(e, set(phrases_to_edges(e)[0]), gold[e.input, e.target])
+             for e in labelled if (e.input, e.target) in gold]
+    if not pairs:
+        raise ValueError(f"{labelled[0].source} and later: none is in {truth[0].source} and later: "
+                         "compare labels of the same texts")
+    tp, n_predicted, n_true = (sum(map(len, sets)) for sets in zip(*((p & t, p, t) for _, p, t in pairs)))
+    lines = [f"{len(pairs)} examples compared, {len(labelled) - len(pairs)} have no true labels",
+             f"edges: precision {tp / max(n_predicted, 1):.3f}, recall {tp / max(n_true, 1):.3f}, "
+             f"F1 {2 * tp / max(n_predicted + n_true, 1):.3f}"]
+    for e, predicted, true in sorted(pairs, key=lambda pair: -len(pair[1] ^ pair[2]))[:3]:
+        missing, extra = ([(e.input + e.target)[slice(*cause)] for _, cause in sorted(edges)]
+                          for edges in (true - predicted, predicted - true))
+        lines += [f"{e.source}: missing {missing}, too many {extra}"] if missing or extra else []
+    return "\n".join(lines)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="data.py", description=__doc__)
-    parser.error = lambda message: parser.exit(2, f"data.py: {message}\n")  # without the usage
     commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("show", help="what is understood of a file")
-    one.add_argument("file")
-    one.add_argument("--row", type=int, help="line of the example to draw")
-    one = commands.add_parser("generate", help="examples of a game")
-    one.add_argument("game", choices=GAMES)
-    one.add_argument("--rows", type=int, default=1600)
-    one.add_argument("--ood", action="store_true", help="spurious features stop copying")
-    one.add_argument("--seed", type=int, default=0)
-    one.add_argument("--out", required=True)
-    one = commands.add_parser("annotate", help="label a file by an assistant")
-    one.add_argument("file")
-    one.add_argument("--demos", required=True, help="examples labelled by hand")
-    one.add_argument("--assistant", required=True, help="program that reads a prompt, prints a reply")
-    one.add_argument("--out", required=True)
-    one.add_argument("--jobs", type=int, default=4, help="examples to ask for at once")
-    one.add_argument("--time-limit", type=float, default=60, help="seconds for a reply")
-    one = commands.add_parser("check", help="compare labels with true ones")
-    one.add_argument("file")
-    one.add_argument("--against", required=True)
+
+    def command(name, help):
+        sub = commands.add_parser(name, help=help)
+        sub.error = lambda message: parser.exit(2, f"data.py: {message}\n")  # without the usage
+        return sub.add_argument
+
+    add = command("show", "what is understood of a JSON Lines file")
+    add("file")
+    add("--row", type=int, help="line of the example to draw")
+    add = command("generate", "examples of a game")
+    add("game", choices=GAMES)
+    add("--rows", type=int, default=1600)
+    add("--ood", action="store_true", help="spurious features stop copying")
+    add("--seed", type=int, default=0)
+    add("--out", required=True)
+    add = command("annotate", "labels by an assistant; the same command goes on")
+    add("file")
+    add("--demos", required=True, help="examples labelled by hand")
+    add("--assistant", required=True, help="command that reads a prompt and prints a reply")
+    add("--out", required=True)
+    add("--jobs", type=int, default=4, help="examples to ask for at once")
+    add("--time-limit", type=float, default=60, help="seconds for a reply")
+    add = command("check", "compare labels with true ones")
+    add("file")
+    add("--against", required=True)
     args = parser.parse_args(argv)
     try:
-        if args.command == "show":
-            examples, summary = read(args.file)
-            print(f"{summary}\n{show(examples, args.row)}")
+        if args.command == "annotate":
+            annotate(args.file, args.demos, args.assistant, args.out, args.jobs, args.time_limit)
         elif args.command == "generate":
             examples = generate(GAMES[args.game], args.rows, args.ood, args.seed)
             save(args.out, "".join(map(dump, examples)).encode())
             print(f"{args.out}: {len(examples)} examples\n{show(examples)}")
-        elif args.command == "annotate":
-            annotate(args.file, args.demos, args.assistant, args.out, args.jobs, args.time_limit)
         else:
-            print(check(args.file, args.against))
+            examples, summary = read(args.file)
+            print(summary)
+            print(show(examples, args.row) if args.command == "show"
+                  else check(examples, read(args.against)[0]))
     except (ValueError, OSError) as error:
         parser.exit(2, f"data.py: {error}\n")
     except KeyboardInterrupt:
