@@ -14,15 +14,14 @@ def average_attention(attentions):
     wider. attentions: list or tuple of the (B, H, T, T) of each layer to supervise; H may differ.
     Raises ValueError for a missing map, wrong shapes, and as `widen`."""
     if not attentions or not all(torch.is_tensor(attn) for attn in attentions):
-        raise ValueError("attentions must hold a map per layer: load a Hugging Face model with "
-                         'attn_implementation="eager" and use one forward pass (not generate) with '
-                         "output_attentions=True")
+        raise ValueError('no map for a layer: load the model with attn_implementation="eager", and '
+                         "use one forward pass (not generate) with output_attentions=True")
     B, T = attentions[0].shape[0], attentions[0].shape[-1]
     for attn in attentions:
         if attn.shape != (B, attn.shape[1], T, T):
             raise ValueError(f"attn {tuple(attn.shape)}: must be (B, H, T, T), B and T equal")
     # sum / H, not mean: its backward divides a (B, T, T), not the map
-    return sum(widen(a).sum(dim=1) / a.shape[1] for a in attentions) / len(attentions)
+    return sum(widen(a).sum(dim=1) / (a.shape[1] * len(attentions)) for a in attentions)
 
 
 def supervised_queries(adjacency, mask=None):
@@ -66,7 +65,6 @@ def attention_ratio(attn, adjacency, mask=None):
 
 def re_attention_loss(attn, adjacency, alpha=None, form="hinge", mask=None, reduction="mean"):
     """The Re-Attention loss: mean over the queries that count of a penalty on ratio < alpha.
-
     attn, adjacency, mask: as in `attention_ratio`. alpha > 0: the ratio to be reached.
     With c = causal + EPS, o = other + EPS, a_j = EPS + attention on the j-th of n causal keys:
 
@@ -90,13 +88,15 @@ def re_attention_loss(attn, adjacency, alpha=None, form="hinge", mask=None, redu
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction is {reduction!r}: choose mean or none")
     attn, causal_keys, other_keys = supervised_attention(attn, adjacency, mask)
-    c, o = mean_over(causal_keys, attn) + EPS, mean_over(other_keys, attn) + EPS  # (R,) each
+    o = mean_over(other_keys, attn) + EPS  # (R,)
     if form in ("each", "uniform"):  # key by key, (R, T) and (R, 1); 1 is as good as any elsewhere
         c, o = torch.where(causal_keys, attn + EPS, 1.0), o[:, None]
+    else:
+        c = mean_over(causal_keys, attn) + EPS  # (R,)
     if form == "hinge":
         penalty = alpha - c / o
     elif form in ("log", "each"):
-        penalty = math.log(alpha) - (c / o).log()
+        penalty = math.log(alpha) - c.log() + o.log()
     elif form == "uniform":
         penalty = -(causal_keys.sum(dim=-1, keepdim=True) * c).log()
     elif form == "div":

@@ -65,8 +65,7 @@ def step(model, optimizer, idx, adjacency, use_cat):
 
 
 def compare(first, second):
-    """Median milliseconds of two functions and of the ratio second / first, called in pairs whose
-    order alternates, so that what slows the machine down slows both."""
+    """Median milliseconds of two functions and their ratio, called in pairs, order alternating."""
     pairs = []
     for pair in range(PAIRS + 10):
         times = {}
@@ -81,8 +80,7 @@ def compare(first, second):
 if __name__ == "__main__":
     torch.set_num_threads(int(sys.argv[1]) if len(sys.argv) > 1 else torch.get_num_threads())
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, medians of {PAIRS} pairs")
-    plain, fused = make_models()
-    batch = make_batch()
+    (plain, fused), batch = make_models(), make_batch()
     without, with_cat, ratio = compare(lambda: step(*plain, *batch, False),
                                        lambda: step(*plain, *batch, True))
     print(f"a step without CAT {without:.2f} ms, with CAT {with_cat:.2f} ms, ratio {ratio:.3f}")
