@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Sizes of the model, checked when made: ValueError names the field, its value and the remedy."""
+    """Sizes of the model. ValueError for one that does not fit, with the remedy."""
     vocab_size: int
     block_size: int = 128  # longest sequence, in tokens
     n_layer: int = 2
@@ -23,7 +23,7 @@ class GPTConfig:
         size = 12 * self.n_layer * self.n_embd ** 2 + 2 * self.vocab_size * self.n_embd
         if size > 1e9:
             raise ValueError(f"n_layer is {self.n_layer}, n_embd is {self.n_embd}: "
-                             f"{size:.1e} parameters, lower them to at most 1e9")
+                             f"{size:.1e} parameters, lower them below 1e9")
         if self.n_embd % (2 * self.n_head):
             raise ValueError(f"n_embd is {self.n_embd}: rotary positions turn pairs of channels, "
                              f"so give a multiple of 2 * n_head = {2 * self.n_head}")
@@ -106,13 +106,23 @@ class GPT(nn.Module):
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight)
 
+    @torch.no_grad()
+    def start_alike(self, numbers):
+        """Half of the channels of numbers, {token id: value}, start as sines and cosines of the value:
+        7 and 8 begin as neighbours, not as strangers."""
+        values = torch.tensor(list(numbers.values()), device=self.embed.weight.device)
+        angles = torch.outer(values, 0.5 ** torch.arange(1, self.config.n_embd // 4 + 1))
+        waves = math.sqrt(2) * torch.cat((angles.sin(), angles.cos()), dim=1)  # of mean square 1
+        self.embed.weight[list(numbers), :waves.shape[1]] = waves
+        self.head.weight[list(numbers), :waves.shape[1]] = waves / math.sqrt(self.config.n_embd)
+
     def forward(self, idx):
         """idx: (B, T) token ids, T <= block_size (else ValueError). Returns logits (B, T,
         vocab_size) and a list of n_layer attention maps (B, n_head, T, T): their rows sum to 1 and
         are exactly zero above the diagonal."""
         T = idx.shape[1]
         if T > self.config.block_size:
-            raise ValueError(f"{T} tokens, but block_size is {self.config.block_size}: shorten the text")
+            raise ValueError(f"{T} tokens are over block_size {self.config.block_size}: shorten the text")
         x = self.embed(idx)  # (B, T, n_embd)
         attentions = []
         for block in self.blocks:

@@ -163,11 +163,12 @@ def train(args, seed, run, data, metrics):
     T = max(part.idx.shape[1] for part in data.values())
     sizes = [tokenizer.n_vocab, T, args.n_layer, args.n_head, args.n_embd]
     model = GPT(GPTConfig(*sizes)).to(args.device)
+    pieces = [tokenizer.decode_single_token_bytes(i) for i in range(tokenizer.n_vocab - 1)]
+    model.start_alike({i: float(piece) for i, piece in enumerate(pieces) if piece.isdigit()})
     optimizer = torch.optim.AdamW(model.parameters())
     # Going on ends as an unbroken run would, since nothing random happens in a step: the order of
     # the examples follows from the seed; weights, optimiser and step stand in the checkpoint.
     order = torch.cat([torch.randperm(n) for _ in range(args.steps * B // n + 1)])
-    pieces = [tokenizer.decode_single_token_bytes(i) for i in range(tokenizer.n_vocab - 1)]
     begun = {"argv": args.argv, "run": run, "seed": seed, "threads": args.threads, "sizes": sizes,
              "question": list(data["train"].question), "tokenizer": pieces, "answers": sorted(
                  {tokenizer.decode(ids[at].tolist()).removesuffix(END)
