@@ -39,7 +39,7 @@ class Feature:
     unit: str = ""
     weight: float = 0.0  # causal features: factor in the score
     copies: str = ""  # spurious features: the causal feature copied in training and IID tests
-    ratio: float = 0.0  # spurious features: factor of the copy; low..high, without noise, is OOD
+    ratio: float = 1.0  # of the copy, rounded down unless it has noise; low..high is OOD
 
 
 @dataclass(frozen=True)
@@ -59,15 +59,22 @@ class Game:
 
     def __post_init__(self):
         causes, lows = [f.name for f in self.causal], [low for low, _ in self.bands]
-        for f in self.causal + self.spurious + self.irrelevant:
-            if f.low > f.high:
-                raise ValueError(f"{self.name}: {f.name} has low {f.low} > high {f.high}: swap them")
+        features, wrong = self.causal + self.spurious + self.irrelevant, ""
+        for f in features:
+            if f.low > f.high or not (f.noise or f.decimals or f.low % 1 == f.high % 1 == 0):
+                wrong = f"{f.name} is {f.low} to {f.high}: lower first, decimals unless both are whole"
             if f in self.spurious and f.copies not in causes:
-                raise ValueError(f"{self.name}: {f.name} copies {f.copies!r}: give one of {causes}")
+                wrong = f"{f.name} copies {f.copies!r}: give one of {', '.join(causes)}"
+            if [g.name for g in features].count(f.name) > 1:
+                wrong = f"{f.name} comes twice: give each feature a name of its own"
         if self.question.count("{features}") != 1:
-            raise ValueError(f"{self.name}: write {{features}} once in the question")
+            wrong = "write {features} once in the question"
+        if self.scale and self.scale[0] >= self.scale[1]:
+            wrong = f"scale is {self.scale}: give the lower score first"
         if not self.scale and lows != sorted({*lows, -math.inf}, reverse=True):
-            raise ValueError(f"{self.name}: bands from {lows}: give the highest first, -math.inf last")
+            wrong = f"bands start at {lows}: give the highest first and -math.inf last"
+        if wrong:
+            raise ValueError(f"{self.name}: {wrong}")
 
     def answer(self, score):
         """The answer to a score: its band's, or its place on the scale."""
@@ -143,7 +150,8 @@ def generate(game, n, ood=False, seed=0, exclude=()):
     if n < 1:
         raise ValueError(f"rows is {n}: give at least 1")
     rng, examples, misses = random.Random(f"{game.name} {ood} {seed}"), [], 0
-    key = lambda example: "".join(sorted(re.findall(r"[^.,;]*: [-.\d]+", example.input)))
+    begin, end = map(len, game.question.split("{features}"))
+    key = lambda e: tuple(sorted(re.split("[.,;] ", e.input[begin:len(e.input) - end])))
     seen = {key(example) for example in exclude}
     while len(examples) < n:
         value = {f: draw(f, rng) + rng.gauss(0, f.noise) for f in game.causal + game.irrelevant}
@@ -432,7 +440,7 @@ def token_edges(edges, offsets):
     pairs = set()
     for effect, cause in edges:
         predicted, keys = tokens_of(effect, offsets), tokens_of(cause, offsets)
-        pairs.update((t - 1, key) for t in predicted for key in keys if t > 0 and key < predicted[0])
+        pairs.update((t - 1, key) for t in predicted for key in keys if key < predicted[0])
     return sorted(pairs)
 
 
@@ -467,6 +475,7 @@ class Dataset:
     """N encoded examples, padded on the right to the longest, T tokens; a batch is cut from it."""
     tokenizer: tiktoken.Encoding
     question: tuple  # what all inputs begin and end with
+    answers: tuple  # the different targets
     idx: torch.Tensor  # (N, T) token ids
     targets: torch.Tensor  # (N, T) the token after each position, -100 where there is none
     answer: torch.Tensor  # (N, T) bool: positions that predict a token of the answer, END included
@@ -517,7 +526,8 @@ def encode(examples, tokenizer, edges="value", device="cpu", seed=0):
     answer = held & (position >= prompts - 1)
     tensors = (idx[:, :-1], targets, answer[:, :-1], pad(role, 0)[:, :-1], pad(item, far)[:, :-1],
                torch.tensor(np.array(pairs).reshape(-1, 2)).long(), torch.tensor(first_edge))
-    return Dataset(tokenizer, fixed_question(examples), *(x.contiguous().to(device) for x in tensors))
+    return Dataset(tokenizer, fixed_question(examples), tuple(sorted({e.target for e in examples})),
+                   *(tensor.contiguous().to(device) for tensor in tensors))
 
 
 def adjacency_of(data, ix):

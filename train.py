@@ -154,34 +154,40 @@ def evaluate(model, data, args):
     return answers, torch.cat(look)
 
 
-def train(args, seed, run, data, metrics):
-    """One run, "no-cat" or "cat". Every tenth of it adds a line to `metrics`, writes them to
-    metrics.jsonl, and saves a checkpoint. Returns the model. ValueError for a loss that is not
-    finite, and when --resume finds a checkpoint of another run."""
-    torch.manual_seed(seed)  # the same weights and order of examples without and with CAT
-    n, B, tokenizer = len(data["train"].idx), args.batch_size, data["train"].tokenizer
-    T = max(part.idx.shape[1] for part in data.values())
+def begin(args, seed, run, data):
+    """(model, optimizer, batches, state) of a run, at its start or, with --resume, at its last
+    checkpoint; batches are the examples of each step. ValueError when it was begun otherwise."""
+    torch.manual_seed(seed)  # of weights and order, the same without and with CAT
+    tokenizer, T = data["train"].tokenizer, max(part.idx.shape[1] for part in data.values())
+    pieces = [tokenizer.decode_single_token_bytes(i) for i in range(tokenizer.n_vocab - 1)]
     sizes = [tokenizer.n_vocab, T, args.n_layer, args.n_head, args.n_embd]
     model = GPT(GPTConfig(*sizes)).to(args.device)
-    pieces = [tokenizer.decode_single_token_bytes(i) for i in range(tokenizer.n_vocab - 1)]
     model.start_alike({i: float(piece) for i, piece in enumerate(pieces) if piece.isdigit()})
     optimizer = torch.optim.AdamW(model.parameters())
     # Going on ends as an unbroken run would, since nothing random happens in a step: the order of
     # the examples follows from the seed; weights, optimiser and step stand in the checkpoint.
+    n, B = len(data["train"].idx), args.batch_size
     order = torch.cat([torch.randperm(n) for _ in range(args.steps * B // n + 1)])
     begun = {"argv": args.argv, "run": run, "seed": seed, "threads": args.threads, "sizes": sizes,
-             "question": list(data["train"].question), "tokenizer": pieces, "answers": sorted(
-                 {tokenizer.decode(ids[at].tolist()).removesuffix(END)
-                  for ids, at in zip(data["train"].targets, data["train"].answer)}),
-             "data": zlib.crc32(data["train"].idx.cpu().numpy())}
-    path, state = Path(args.out, f"{run}-{seed}.pt"), {**begun, "step": 0, "metrics": []}
+             "tokenizer": pieces, "data": zlib.crc32(data["train"].idx.cpu().numpy())}
+    state = {**begun, "question": list(data["train"].question),
+             "answers": list(data["train"].answers), "step": 0, "metrics": []}
+    path = Path(args.out, f"{run}-{seed}.pt")
     if args.resume and path.exists():
         *_, state = load_checkpoint(path, args.device)
-        if any(state[name] != begun[name] for name in begun):
-            raise ValueError(f"{path} was begun with other data or flags, {' '.join(state['argv'])} "
-                             f"on {state['threads']} threads: give these, or another --out")
+        if any(state[name] != value for name, value in begun.items()):
+            raise ValueError(f"{path} was begun with other data, or other flags or threads: give "
+                             f"{' '.join(state['argv'])}, {state['threads']}, or another --out")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
+    return model, optimizer, order[:args.steps * B].split(B), state
+
+
+def train(args, seed, run, data, metrics):
+    """One run, "no-cat" or "cat". Every tenth of it adds a line to `metrics`, writes them to
+    metrics.jsonl, and saves a checkpoint. Returns the model. ValueError for a loss that is not
+    finite."""
+    model, optimizer, batches, state = begin(args, seed, run, data)
     metrics += state["metrics"]
     recent = []  # L_next and L_attn since the last line
     for step in range(state["step"], args.steps):
@@ -190,8 +196,7 @@ def train(args, seed, run, data, metrics):
         optimizer.param_groups[0]["lr"] = args.lr * (1 + math.cos(math.pi * done)) / 2
         gamma = gamma_at(done, args.gamma, args.decay) if run == "cat" else 0.0
         # 2. L = L_next + gamma * L_attn on the next examples
-        ix = order[step * B:(step + 1) * B]
-        l_next, l_attn = losses(model, data["train"], ix, args)
+        l_next, l_attn = losses(model, data["train"], batches[step], args)
         loss = l_next + gamma * l_attn
         if not math.isfinite(loss.item()):
             raise ValueError(f"loss is {loss.item()} at step {step} ({run}): lower --lr or --gamma")
@@ -202,25 +207,30 @@ def train(args, seed, run, data, metrics):
         recent.append((l_next.item(), l_attn.item()))
         # 4. after every tenth of the run: watch, log, save
         if (step + 1) * 10 // args.steps > step * 10 // args.steps:
-            with torch.no_grad():
-                attn = read_out(model(data["train"].idx[ix])[1], args)
-            causal, other = attention_ratio(attn, adjacency_of(data["train"], ix))  # (R,) each
-            line = dict(zip(("loss", "attn_loss"), map(mean, zip(*recent))))
-            line["ratio"] = (causal.sum() / other.sum()).item()
-            for name in (name for name in data if "watch" in name):
-                answers, _ = evaluate(model, data[name], args)
-                line[name[6:]] = mean(guess == right for guess, right in answers)
-            line = {"run": run, "seed": seed, "step": step + 1,
-                    **{name: round(value, 4) for name, value in line.items()}}
+            l_next, l_attn = map(mean, zip(*recent))
+            line = {"run": run, "seed": seed, "step": step + 1, "loss": l_next, "attn_loss": l_attn,
+                    **watch(model, data, batches[step], args)}
+            line = {name: round(x, 4) if type(x) is float else x for name, x in line.items()}
+            print(json.dumps(line), file=sys.stderr)
             metrics.append(line)
             recent = []
-            print(json.dumps(line), file=sys.stderr)
-            save(Path(args.out, "metrics.jsonl"), "".join(json.dumps(x) + "\n" for x in metrics).encode())
+            text = "".join(json.dumps(line) + "\n" for line in metrics)
+            save(Path(args.out, "metrics.jsonl"), text.encode())
             state |= {"step": step + 1, "metrics": state["metrics"] + [line],
                       "model": model.state_dict(), "optimizer": optimizer.state_dict()}
             torch.save(state, file := io.BytesIO())
-            save(path, file.getvalue())
+            save(Path(args.out, f"{run}-{seed}.pt"), file.getvalue())
     return model
+
+
+@torch.no_grad()
+def watch(model, data, ix, args):
+    """Ratio of causal to other attention on the training examples ix, and accuracies."""
+    attn = read_out(model(data["train"].idx[ix])[1], args)
+    causal, other = attention_ratio(attn, adjacency_of(data["train"], ix))  # (R,) each
+    tests = {name[6:]: evaluate(model, data[name], args)[0] for name in data if "watch" in name}
+    return {"ratio": (causal.sum() / other.sum()).item(), **{
+        name: mean(guess == right for guess, right in answers) for name, answers in tests.items()}}
 
 
 def load_checkpoint(path, device):
