@@ -127,7 +127,7 @@ def test_generated_texts_look_like_the_released_ones(game, file):
 
 @pytest.mark.parametrize("wrong, part", [
     (dict(spurious=(Feature("B", copies="Aa"),)), "B copies 'Aa': give one of .*A"),
-    (dict(irrelevant=(Feature("C", 9, 2),)), "C has low 9 > high 2: swap"),
+    (dict(irrelevant=(Feature("C", 9, 2),)), "C is 9 to 2: lower first"),
     (dict(bands=((5, "yes"),)), r"bands from \[5\]: .*-math.inf last"),
     (dict(bands=()), "bands from .*-math.inf last"),
     (dict(bands=((1, "no"), (5, "yes"), (-math.inf, "?"))), r"bands from \[1, 5.* highest first"),
