@@ -122,7 +122,7 @@ class GPT(nn.Module):
         are exactly zero above the diagonal."""
         T = idx.shape[1]
         if T > self.config.block_size:
-            raise ValueError(f"{T} tokens are over block_size {self.config.block_size}: shorten the text")
+            raise ValueError(f"{T} tokens, over block_size {self.config.block_size}: shorten the text")
         x = self.embed(idx)  # (B, T, n_embd)
         attentions = []
         for block in self.blocks:

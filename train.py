@@ -176,7 +176,7 @@ def begin(args, seed, run, data):
     if args.resume and path.exists():
         *_, state = load_checkpoint(path, args.device)
         if any(state[name] != value for name, value in begun.items()):
-            raise ValueError(f"{path} was begun with other data, or other flags or threads: give "
+            raise ValueError(f"{path} was begun with other data, flags or threads: give those, "
                              f"{' '.join(state['argv'])}, {state['threads']}, or another --out")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -242,9 +242,11 @@ def load_checkpoint(path, device):
             model = GPT(GPTConfig(*state["sizes"])).to(device)
             model.load_state_dict(state["model"])
             tokenizer = tokenizer_from(state["tokenizer"])
-            state["optimizer"], state["data"], state["metrics"], 1 / (0 < state["step"] <= args.steps)
+            state["optimizer"], state["data"], state["metrics"], state["seed"], state["run"]
+            assert 0 < state["step"] <= args.steps
         except Exception as error:  # foreign, cut and changed files fail in many ways
-            raise ValueError(f"{path}: no checkpoint of train.py ({type(error).__name__})") from None
+            raise ValueError(f"{path}: no checkpoint of train.py ({type(error).__name__}): give one "
+                             "of out/*.pt") from None
     return model, tokenizer, args, state
 
 
@@ -283,9 +285,10 @@ def test(name, model, data, args):
 def print_table(lines):
     columns = dict.fromkeys(column for line in lines for column in line)
     for line in [dict(zip(columns, columns)), *lines]:
-        cells = (f"{line[c]:.3f}" if type(line.get(c)) is float else line.get(c, "") for c in columns)
-        print("".join(f"{cell:{22 if c == 'run' else max(8, len(c) + 2)}}"
-                      for c, cell in zip(columns, cells)))
+        for column in columns:
+            cell, width = line.get(column, ""), 22 if column == "run" else max(8, len(column) + 2)
+            print(f"{cell:<{width}.3f}" if type(cell) is float else f"{cell:{width}}", end="")
+        print()
 
 
 def ask_model(model, tokenizer, args, state, text):
@@ -352,8 +355,9 @@ def curves_svg(metrics):
             curve.setdefault(line["step"], []).append(line[split])
     for (run, split), curve in curves.items():
         points = [(40 + 600 * step / last, 320 - 290 * mean(curve[step])) for step in curve]
-        parts += [tag("polyline", points=" ".join(f"{x:.1f},{y:.1f}" for x, y in points), fill="none",
-                      stroke=COLORS[run], stroke_dasharray="none" if split == "ood" else "6 4"),
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        parts += [tag("polyline", points=path, fill="none", stroke=COLORS[run], stroke_width=2,
+                      stroke_dasharray="none" if split == "ood" else "6 4"),
                   tag("text", f"{run} {split}", x=646, y=points[-1][1], fill=COLORS[run])]
     return svg(360, parts)
 
