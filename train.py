@@ -245,8 +245,8 @@ def load_checkpoint(path, device):
             state["optimizer"], state["data"], state["metrics"], state["seed"], state["run"]
             assert 0 < state["step"] <= args.steps
         except Exception as error:  # foreign, cut and changed files fail in many ways
-            raise ValueError(f"{path}: no checkpoint of train.py ({type(error).__name__}): give one "
-                             "of out/*.pt") from None
+            raise ValueError(f"{path}: no checkpoint of train.py ({type(error).__name__}): "
+                             "give one of out/*.pt") from None
     return model, tokenizer, args, state
 
 
@@ -324,7 +324,9 @@ def attention_svg(tests, data):
     look)}, its tokens shaded by the attention of the answer, causes bold, spurious ones italic."""
     hits = zip(*([guess == right for guess, right in answers] for answers, _ in tests.values()))
     n = next((n for n, hit in enumerate(hits) if hit[-1] and not hit[0]), 0)
-    tokens, y, parts = data.idx[n, :data.answer[n].int().argmax() + 1].tolist(), 0, []
+    tokens, y = data.idx[n, :data.answer[n].int().argmax() + 1].tolist(), 16
+    parts = [tag("text", "shade: attention paid by the answer; bold: causes; italic: spurious numbers",
+                 x=20, y=28)]
     for name, (answers, look) in tests.items():
         x, y = 20, y + 60
         parts.append(tag("text", "{}: {}, right is {}".format(name, *answers[n]), x=x, y=y - 26))
@@ -348,7 +350,7 @@ def curves_svg(metrics):
     for tick in range(6):
         parts += [tag("text", f"{tick / 5:.1f}", x=10, y=324 - 58 * tick),
                   tag("path", d=f"M40 {320 - 58 * tick}h600", stroke="#ccc")]
-    curves = {}  # (run, split): {step: accuracies of the seeds}
+    ends, curves = [], {}  # (run, split): {step: accuracies of the seeds}
     for line in metrics:
         for split in {"iid", "ood", "train"} & set(line):
             curve = curves.setdefault((line["run"], split), {})
@@ -356,9 +358,13 @@ def curves_svg(metrics):
     for (run, split), curve in curves.items():
         points = [(40 + 600 * step / last, 320 - 290 * mean(curve[step])) for step in curve]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        parts += [tag("polyline", points=path, fill="none", stroke=COLORS[run], stroke_width=2,
-                      stroke_dasharray="none" if split == "ood" else "6 4"),
-                  tag("text", f"{run} {split}", x=646, y=points[-1][1], fill=COLORS[run])]
+        parts.append(tag("polyline", points=path, fill="none", stroke=COLORS[run], stroke_width=2,
+                         stroke_dasharray="none" if split == "ood" else "6 4"))
+        ends.append((points[-1][1], f"{run} {split} {mean(curve[last]):.2f}", COLORS[run]))
+    y = 0
+    for end, label, color in sorted(ends):
+        y = max(end + 4, y + 15)  # beside its line, but not on another
+        parts.append(tag("text", label, x=646, y=f"{y:.1f}", fill=color))
     return svg(360, parts)
 
 
