@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from cat import average_attention, re_attention_loss  # noqa: E402
+from data import STG, adjacency_of, build_tokenizer, encode, generate, inside_of  # noqa: E402
 from model import GPT, GPTConfig, rotate  # noqa: E402
 from oracle import loop_loss, random_case  # noqa: E402
 
@@ -37,29 +38,18 @@ def make_models():
     return [(m, torch.optim.AdamW(m.parameters(), lr=1e-4)) for m in (model, fused)]
 
 
-def make_batch():
-    """Tokens and, as in the game, two adjacencies: the 3 queries of the answer look at 3 numbers;
-    below, they and the tokens of 3 causal items of 4 look inside their own item. (2B, T, T)."""
-    idx = torch.randint(VOCAB, (B, T + 1))
-    adjacency = torch.zeros(2, B, T, T, dtype=torch.bool)
-    adjacency[0, :, -4:-1, [11, 21, 31]] = True
-    for start in (8, 18, 28, T - 5):
-        for query in range(start, start + 4):
-            adjacency[1, :, query, start:query + 1] = True
-    return idx, adjacency.flatten(0, 1)
-
-
-def step(model, optimizer, idx, adjacency, use_cat):
+def step(model, optimizer, data, ix, use_cat):
     """One training step as in train.py: all tokens, the answer once more, CAT on both layers."""
-    logits, attentions = model(idx[:, :-1])
-    loss = F.cross_entropy(logits.flatten(0, 1), idx[:, 1:].flatten())
-    loss = loss + F.cross_entropy(logits[:, -4:-1].flatten(0, 1), idx[:, -3:].flatten())
+    logits, attentions = model(data.idx[ix])
+    targets, answer = data.targets[ix], data.answer[ix]
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+    loss = loss + F.cross_entropy(logits[answer], targets[answer])
     if use_cat:
-        maps = torch.cat([average_attention(attentions[-1:]), average_attention(attentions[:-1])])
-        loss = loss + 0.1 * re_attention_loss(maps, adjacency, 300.0, "each")
+        for attn, adjacency in ((average_attention(attentions[-1:]), adjacency_of(data, ix)),
+                                (average_attention(attentions[:-1]), inside_of(data, ix))):
+            loss = loss + 0.3 * re_attention_loss(attn, adjacency, 1000.0, "each")
     optimizer.zero_grad()
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     return loss.item()
 
@@ -80,7 +70,9 @@ def compare(first, second):
 if __name__ == "__main__":
     torch.set_num_threads(int(sys.argv[1]) if len(sys.argv) > 1 else torch.get_num_threads())
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, medians of {PAIRS} pairs")
-    (plain, fused), batch = make_models(), make_batch()
+    (plain, fused), examples = make_models(), generate(STG, B)
+    data = encode(examples, build_tokenizer(e.input + e.target for e in examples))
+    batch = data, torch.arange(B)
     without, with_cat, ratio = compare(lambda: step(*plain, *batch, False),
                                        lambda: step(*plain, *batch, True))
     print(f"a step without CAT {without:.2f} ms, with CAT {with_cat:.2f} ms, ratio {ratio:.3f}")
