@@ -250,17 +250,22 @@ def load_checkpoint(path, device):
     return model, tokenizer, args, state
 
 
+def number(text):
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
 def score(name, tests):
     """A line of the table, {column: value}, of {split: pairs (guess, right)}: the share of right
-    guesses and, where answers are numbers, of those within 1, and the mean absolute error."""
+    guesses and, where answers are numbers, of those within 1, and the mean error of numbers."""
     line = {"run": name}
     for split, pairs in tests.items():
         line[split] = mean(guess == right for guess, right in pairs)
-        try:
-            errors = [abs(float(guess) - float(right)) for guess, right in pairs]
-            line |= {f"{split} +-1": mean(e <= 1 for e in errors), f"{split} error": mean(errors)}
-        except ValueError:
-            pass
+        errors = [abs(number(guess) - number(right)) for guess, right in pairs]
+        if known := [error for error in errors if not math.isnan(error)]:
+            line |= {f"{split} +-1": mean(e <= 1 for e in errors), f"{split} error": mean(known)}
     return line
 
 
