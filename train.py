@@ -33,9 +33,12 @@ COLORS = {"no-cat": "#d55e00", "cat": "#0072b2"}  # of the two runs
 
 
 def parse_args(argv=None):
+    def error(message):
+        raise ValueError(message)
+
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"train.py: {message}\n")  # without the usage
+    parser.error = error  # one line, by main, instead of the usage
     add, one_of = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
     one_of("--cat", action="store_true", help="only the run with CAT")
     one_of("--no-cat", action="store_true", help="only the run without CAT")
@@ -73,12 +76,22 @@ def parse_args(argv=None):
         args.steps = 1200 if args.train else GAMES[args.game].steps
     for flag in ("rows", "orders", "steps", "batch_size", "threads"):
         if getattr(args, flag) < 1:
-            parser.error(f"--{flag.replace('_', '-')} is {getattr(args, flag)}: give at least 1")
+            error(f"--{flag.replace('_', '-')} is {getattr(args, flag)}: give at least 1")
     given = [flag for flag in ("train", "iid", "ood", "val") if getattr(args, flag)]
     if given not in ([], ["train", "iid", "ood"], ["train", "val"]):
-        parser.error(f"--{' --'.join(given)}: give --train --iid --ood, --train --val, or none")
+        error(f"--{' --'.join(given)}: give --train --iid --ood, --train --val, or none")
     if not all(-args.n_layer <= layer < args.n_layer for layer in args.layers):
-        parser.error(f"--layers is {args.layers}: give numbers from 0 to {args.n_layer - 1}")
+        error(f"--layers is {args.layers}: give numbers from 0 to {args.n_layer - 1}")
+    if args.ask is not None and not args.eval:
+        error("--ask needs a checkpoint: give --eval out/cat-1.pt too")
+    # what is checked where it is used is tried now, before a file is touched
+    GPTConfig(1, 1, args.n_layer, args.n_head, args.n_embd)
+    gamma_at(0, args.gamma, args.decay)
+    re_attention_loss(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), args.alpha, args.form)
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError):
+        error(f"--device is {args.device}, which this torch does not find: give cpu")
     return args
 
 
@@ -171,26 +184,27 @@ def begin(args, seed, run, data):
     begun = {"argv": args.argv, "run": run, "seed": seed, "threads": args.threads, "sizes": sizes,
              "tokenizer": pieces, "data": zlib.crc32(data["train"].idx.cpu().numpy())}
     state = {**begun, "question": list(data["train"].question),
-             "answers": list(data["train"].answers), "step": 0, "metrics": []}
+             "answers": list(data["train"].answers), "steps_done": 0, "metrics": []}
     path = Path(args.out, f"{run}-{seed}.pt")
     if args.resume and path.exists():
-        *_, state = load_checkpoint(path, args.device)
-        if any(state[name] != value for name, value in begun.items()):
+        *_, saved = load_checkpoint(path, args.device)
+        if any(saved[name] != value for name, value in begun.items()):
             raise ValueError(f"{path} was begun with other data, flags or threads: give those, "
-                             f"{' '.join(state['argv'])}, {state['threads']}, or another --out")
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+                             f"{' '.join(saved['argv'])}, {saved['threads']}, or another --out")
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        state |= {"steps_done": saved["steps_done"], "metrics": saved["metrics"]}
     return model, optimizer, order[:args.steps * B].split(B), state
 
 
 def train(args, seed, run, data, metrics):
-    """One run, "no-cat" or "cat". Every tenth of it adds a line to `metrics`, writes them to
+    """One run, "no-cat" or "cat". Every tenth of it adds a line of JSON to `metrics`, writes them to
     metrics.jsonl, and saves a checkpoint. Returns the model. ValueError for a loss that is not
     finite."""
     model, optimizer, batches, state = begin(args, seed, run, data)
     metrics += state["metrics"]
     recent = []  # L_next and L_attn since the last line
-    for step in range(state["step"], args.steps):
+    for step in range(state["steps_done"], args.steps):
         # 1. the share of training done sets the learning rate and the weight of L_attn
         done = step / args.steps
         optimizer.param_groups[0]["lr"] = args.lr * (1 + math.cos(math.pi * done)) / 2
@@ -211,12 +225,11 @@ def train(args, seed, run, data, metrics):
             line = {"run": run, "seed": seed, "step": step + 1, "loss": l_next, "attn_loss": l_attn,
                     **watch(model, data, batches[step], args)}
             line = {name: round(x, 4) if type(x) is float else x for name, x in line.items()}
-            print(json.dumps(line), file=sys.stderr)
-            metrics.append(line)
+            metrics.append(json.dumps(line) + "\n")
             recent = []
-            text = "".join(json.dumps(line) + "\n" for line in metrics)
-            save(Path(args.out, "metrics.jsonl"), text.encode())
-            state |= {"step": step + 1, "metrics": state["metrics"] + [line],
+            print(metrics[-1], end="", file=sys.stderr)
+            save(Path(args.out, "metrics.jsonl"), "".join(metrics).encode())
+            state |= {"steps_done": step + 1, "metrics": state["metrics"] + metrics[-1:],
                       "model": model.state_dict(), "optimizer": optimizer.state_dict()}
             torch.save(state, file := io.BytesIO())
             save(Path(args.out, f"{run}-{seed}.pt"), file.getvalue())
@@ -243,7 +256,7 @@ def load_checkpoint(path, device):
             model.load_state_dict(state["model"])
             tokenizer = tokenizer_from(state["tokenizer"])
             state["optimizer"], state["data"], state["metrics"], state["seed"], state["run"]
-            assert 0 < state["step"] <= args.steps
+            assert 0 < state["steps_done"] <= args.steps and state["sizes"][0] == tokenizer.n_vocab
         except Exception as error:  # foreign, cut and changed files fail in many ways
             raise ValueError(f"{path}: no checkpoint of train.py ({type(error).__name__}): "
                              "give one of out/*.pt") from None
@@ -377,17 +390,18 @@ def run_all(args):
     """All seeds, without and with CAT, the table and the pictures."""
     runs = ["no-cat"] * (not args.cat) + ["cat"] * (not args.no_cat)
     out, mine = Path(args.out), [f"{run}-{seed}.pt" for run in runs for seed in args.seed]
-    out.mkdir(parents=True, exist_ok=True)
     for path in out.glob("*.pt"):
         if path.name not in mine:
             raise ValueError(f"{path} is of another command: give another --out, or remove it")
-    for name in [] if args.resume else [*mine, "metrics.jsonl", "attention.svg", "curves.svg"]:
-        (out / name).unlink(missing_ok=True)  # so that two commands never mix
     lines, metrics, pictured = {run: [] for run in runs}, [], {}
     for seed in args.seed:
         data = load_data(args, seed)
         if "cat" in runs and not len(data["train"].edges):
             raise ValueError(f'{args.train}: no edges: add "important", or pass --no-cat')
+        if seed == args.seed[0]:
+            out.mkdir(parents=True, exist_ok=True)
+            for name in [] if args.resume else [*mine, "metrics.jsonl", "attention.svg", "curves.svg"]:
+                (out / name).unlink(missing_ok=True)  # so that two commands never mix
         for run in runs:
             model = train(args, seed, run, data, metrics)
             line, constant, looks = test(f"{run}, seed {seed}", model, data, args)
@@ -395,7 +409,7 @@ def run_all(args):
             pictured.setdefault(run, looks)
         if seed == args.seed[0]:
             save(out / "attention.svg", attention_svg(pictured, data.get("ood", data["iid"])))
-    save(out / "curves.svg", curves_svg(metrics))
+    save(out / "curves.svg", curves_svg(list(map(json.loads, metrics))))
     for run, of_run in lines.items() if len(args.seed) > 1 else ():
         columns = [column for column in of_run[0] if column != "run"]
         for name, f in (("mean", mean), ("deviation", stdev), ("lowest", min)):
@@ -405,13 +419,13 @@ def run_all(args):
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    torch.set_num_threads(args.threads)
     try:
+        args = parse_args(argv)
+        torch.set_num_threads(args.threads)
         if not args.eval:
             return run_all(args)
         model, tokenizer, saved, state = load_checkpoint(args.eval, args.device)
-        if args.ask:
+        if args.ask is not None:
             return ask_model(model, tokenizer, saved, state, args.ask)
         data = load_data(saved, state["seed"])
         print_table(test(f"{state['run']}, seed {state['seed']}", model, data, saved)[:2])
