@@ -1,5 +1,5 @@
-"""Data: the rule-based Spurious Token Game (STG), phrases to token adjacency, tokenizer, batches;
-last, to be skipped at first, labels by an assistant."""
+"""Data: the Spurious Token Game, phrases to token adjacency, JSON Lines, tokenizer and batches;
+last, to be skipped at first, labels by an assistant and the sub-commands."""
 import argparse
 import json
 import math
@@ -30,23 +30,22 @@ END = "<|endoftext|>"  # closes every answer, so that a greedy answer knows wher
 
 @dataclass(frozen=True)
 class Feature:
-    """One number in a game's text: uniform in low..high (whole if decimals and noise are 0)."""
+    """One number in a game's text: uniform in low..high, whole if decimals and noise are 0."""
     name: str
     low: float = 1
     high: float = 10
     noise: float = 0.0  # standard deviation of the Gaussian noise that is added
-    decimals: int = 0  # how many are shown; the answer is computed from the value before rounding
+    decimals: int = 0  # shown; the answer is computed before rounding
     unit: str = ""
     weight: float = 0.0  # causal features: factor in the score
-    copies: str = ""  # spurious features: the causal feature copied in training and IID tests
-    ratio: float = 1.0  # of the copy, rounded down unless it has noise; low..high is OOD
+    copies: str = ""  # spurious features: the causal feature copied unless OOD
+    ratio: float = 1.0  # of the copy, rounded down unless it has noise
 
 
 @dataclass(frozen=True)
 class Game:
     """A Spurious Token Game, the paper's synthetic benchmark: causal features decide the answer,
-    spurious ones copy them until they are out of distribution. ValueError for features or bands
-    that do not fit, with the remedy."""
+    spurious ones copy them until they are out of distribution (OOD). ValueError for a mistake."""
     name: str
     causal: tuple
     spurious: tuple
@@ -54,27 +53,21 @@ class Game:
     question: str  # {features} stands for the numbers; the answer follows
     bands: tuple = ()  # ((lowest score, answer), ...), highest first; or
     scale: tuple = ()  # (low, high): the score is answered as a whole number, 0 (low) to 100 (high)
-    shuffle: bool = True  # every example has its own order; else causal, spurious, irrelevant
+    shuffle: bool = True  # each example has its own order; else causal, spurious, irrelevant
     steps: int = 1500  # of training that it needs
 
     def __post_init__(self):
         causes, lows = [f.name for f in self.causal], [low for low, _ in self.bands]
-        features, wrong = self.causal + self.spurious + self.irrelevant, ""
-        for f in features:
-            if f.low > f.high or not (f.noise or f.decimals or f.low % 1 == f.high % 1 == 0):
-                wrong = f"{f.name} is {f.low} to {f.high}: lower first, decimals unless both are whole"
-            if f in self.spurious and f.copies not in causes:
-                wrong = f"{f.name} copies {f.copies!r}: give one of {', '.join(causes)}"
-            if [g.name for g in features].count(f.name) > 1:
-                wrong = f"{f.name} comes twice: give each feature a name of its own"
+        wrong = [f"{f.name} is {f.low} to {f.high}: lower first"
+                 for f in self.causal + self.spurious + self.irrelevant if f.low > f.high]
+        wrong += [f"{f.name} copies {f.copies!r}: give one of {', '.join(causes)}"
+                  for f in self.spurious if f.copies not in causes]
         if self.question.count("{features}") != 1:
-            wrong = "write {features} once in the question"
-        if self.scale and self.scale[0] >= self.scale[1]:
-            wrong = f"scale is {self.scale}: give the lower score first"
+            wrong.append("write {features} once in the question")
         if not self.scale and lows != sorted({*lows, -math.inf}, reverse=True):
-            wrong = f"bands start at {lows}: give the highest first and -math.inf last"
+            wrong.append(f"bands from {lows}: give the highest first and -math.inf last")
         if wrong:
-            raise ValueError(f"{self.name}: {wrong}")
+            raise ValueError(f"{self.name}: {wrong[0]}")
 
     def answer(self, score):
         """The answer to a score: its band's, or its place on the scale."""
@@ -135,29 +128,27 @@ class Example:
 
 
 def draw(feature, rng):
-    """A uniform value in low..high, a whole number when neither decimals nor noise are asked for."""
     if feature.noise or feature.decimals:
         return rng.uniform(feature.low, feature.high)
     return rng.randint(feature.low, feature.high)
 
 
 def generate(game, n, ood=False, seed=0, exclude=()):
-    """n Examples of a game, no two with the same numbers (the paper's synthetic benchmark).
+    """n Examples of a game, no two with the same numbers; the same arguments give the same ones.
 
-    ood: the spurious features stop copying and are drawn on their own. exclude: Examples whose
-    numbers must not come up again. The same arguments give the same examples on every machine.
-    ValueError for n < 1, and when the game has too few different examples."""
+    ood: the spurious features are drawn on their own instead of copying. exclude: Examples whose
+    numbers must not come up again. ValueError for n < 1 or more than the game has."""
     if n < 1:
         raise ValueError(f"rows is {n}: give at least 1")
-    rng, examples, misses = random.Random(f"{game.name} {ood} {seed}"), [], 0
+    rng, examples = random.Random(f"{game.name} {ood} {seed}"), []
     begin, end = map(len, game.question.split("{features}"))
     key = lambda e: tuple(sorted(re.split("[.,;] ", e.input[begin:len(e.input) - end])))
     seen = {key(example) for example in exclude}
-    while len(examples) < n:
+    for _ in range(1000 + 100 * n):
         value = {f: draw(f, rng) + rng.gauss(0, f.noise) for f in game.causal + game.irrelevant}
-        copied = {f.name: value[f] for f in game.causal}
+        causes = {f.name: value[f] for f in game.causal}
         for f in game.spurious:
-            copy = f.ratio * copied[f.copies]
+            copy = f.ratio * causes[f.copies]
             value[f] = (draw(f, rng) if ood else copy + rng.gauss(0, f.noise) if f.noise
                         else math.floor(copy))
         answer = game.answer(sum(f.weight * value[f] for f in game.causal))
@@ -171,10 +162,9 @@ def generate(game, n, ood=False, seed=0, exclude=()):
         if key(example) not in seen:
             seen.add(key(example))
             examples.append(example)
-            misses = 0
-        elif (misses := misses + 1) == 1000:
-            raise ValueError(f"{game.name} has too few different examples for {n}: ask for fewer")
-    return examples
+            if len(examples) == n:
+                return examples
+    raise ValueError(f"{game.name} has too few different examples for {n}: ask for fewer")
 
 
 # One value each: 8, -6.9, .5, 1,000, 1/3, 7:50, 0-100, 2024-05-06, 1e-5. None: PM2.5, B12, F-16.
@@ -191,8 +181,8 @@ def numbers_in(text, span):
 
 @lru_cache(maxsize=10_000)
 def phrase_pattern(phrase, whole, flags):
-    """A phrase in any white space, quotes and composition of accents; whole: neither end is inside
-    a word or number ("he" in "the", "5" in "2.5")."""
+    """A phrase in any white space, quotes and composition of accents; whole: with no end inside a
+    word or number ("he" in "the", "5" in "2.5")."""
     def alike(c):
         apart = unicodedata.normalize("NFD", c)
         return QUOTES.get(c) or (re.escape(c) if c == apart else f"(?:{c}|{apart})")
@@ -207,9 +197,10 @@ def phrase_pattern(phrase, whole, flags):
 
 
 def find(text, phrase, starts, notes):
-    """The spans of a phrase in text, from the first of the starts that has any: whole and as written,
-    else in any case, else inside words, which is noted, as is a phrase that is not found."""
-    for whole, flags, start in product((True, False), (0, re.I), starts) if phrase.strip() else ():
+    """The spans of a phrase from the first of the starts where it stands: whole, as written or in
+    any case; else inside words. Notes phrases "inside words" and "not found"."""
+    tries = product((True, False), starts, (0, re.I)) if phrase.strip() else ()
+    for whole, start, flags in tries:
         found = phrase_pattern(phrase, whole, flags).finditer(text[start:])
         spans = [(start + m.start(), start + m.end()) for m in islice(found, MANY + 1)]
         if 0 < len(spans) <= MANY:
@@ -220,14 +211,15 @@ def find(text, phrase, starts, notes):
 
 
 def phrases_to_edges(example):
-    """The phrases of an Example as spans, (start, end) in characters of input + target (the paper's
-    causal supervision signals). An effect is looked for in the target, then everywhere; a cause
-    counts where it ends before its effect starts.
+    """The phrases of an Example as (edges, roles, notes), in spans (start, end) of input + target:
+    the paper's causal supervision signals.
 
-    Returns (edges, roles, notes). edges: [(effect span, cause span)]: who predicts the effect should
-    look at the cause. roles: spans of causes of the answer, and of spurious phrases. notes: {what:
-    [phrases]} of phrases "not found", found "inside words", or "late", never before an effect."""
-    text, n, edges, notes = example.input + example.target, len(example.input), {}, defaultdict(list)
+    edges: [(effect span, cause span)]: who predicts the effect should look at the cause. An effect
+    is looked for in the target, then everywhere; a cause ends before its effect starts. roles:
+    (spans of causes of the answer, spans of spurious phrases). notes: {what: [phrases]}, those
+    "not found", "inside words" or "late", never before an effect."""
+    text, n = example.input + example.target, len(example.input)
+    edges, notes = {}, defaultdict(list)
     for effect, causes in (pair for group in example.important for pair in group.items()):
         effects = find(text, effect, (n, 0), notes)
         for cause in causes if effects else ():
@@ -268,14 +260,14 @@ def parse_example(line, source=""):
         spurious = tuple(as_list(fields.get("spurious") or []))
         "".join(sum((causes for group in important for causes in group.values()), [*spurious]))
     except (AttributeError, TypeError):
-        raise ValueError('"important" or "spurious" has the wrong shape: give [{"effect": ["cause", '
-                         '...]}, ...] and ["phrase", ...]') from None
+        raise ValueError('"important" or "spurious" is wrong: give [{"effect": ["cause", ...]}, '
+                         '...] and ["phrase", ...]') from None
     return Example(input, target, important, spurious, source)
 
 
 def read(path):
-    """A JSON Lines file as (list of Example, summary line). Phrases that are not found are counted.
-    ValueError for a bad line, as "file:line: what, and what to do"; OSError for an unreadable file."""
+    """A JSON Lines file as (Examples, summary), which counts the phrases that are of no use.
+    ValueError for a bad line, as "file:line: what is wrong and what to do"; OSError."""
     examples, counts, shown = [], Counter(), {}
     with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
         for n, line in enumerate(file, 1):
@@ -287,14 +279,14 @@ def read(path):
                 raise ValueError(f"{path}:{n}: {error}") from None
             edges, (causal, _), notes = phrases_to_edges(examples[-1])
             counts.update({"edges": bool(edges), "edges at the answer": bool(causal)})
-            for what, phrases in notes.items():
-                counts[what] += len(phrases)
-                shown.setdefault(what, f"line {n}: {phrases[0]!r}") if phrases else None
+            for what in filter(notes.get, notes):
+                counts[what] += len(notes[what])
+                shown.setdefault(what, f"phrases {what}, such as line {n}: {notes[what][0]!r}")
     if not examples:
         raise ValueError(f"{path}: no examples: give one JSON object on each line")
-    return examples, (f"{path}: {len(examples)} examples, {counts['edges']} with edges, "
-                      f"{counts['edges at the answer']} with edges at the answer" + "".join(
-                          f"; {counts[what]} phrases {what}, such as {shown[what]}" for what in shown))
+    supervised = [f"{counts[what]} with {what}" for what in ("edges", "edges at the answer")]
+    return examples, "; ".join([f"{path}: {len(examples)} examples, {', '.join(supervised)}",
+                                *(f"{counts[what]} {text}" for what, text in shown.items())])
 
 
 def dump(example):
@@ -313,7 +305,8 @@ def save(path, content):
 def fixed_question(examples):
     """What all inputs begin and end with, in whole words: (prefix, suffix)."""
     inputs = [example.input for example in examples]
-    begin, end = (os.path.commonprefix([text[::step] for text in inputs])[::step] for step in (1, -1))
+    begin = os.path.commonprefix(inputs)
+    end = os.path.commonprefix([text[::-1] for text in inputs])[::-1]
     return re.sub(r"\w+$", "", begin), re.sub(r"^\w+", "", end)
 
 
@@ -325,12 +318,11 @@ def substitute(text, changes):
 
 
 def hold_out(examples, share, seed):
-    """Splits examples into (train, iid, ood): a share of the different inputs, 0 to 1, is held out,
-    as it is (iid) and with other numbers (ood). ValueError when nothing is left to train or test on.
+    """Splits examples into (train, iid, ood): a share of the different inputs, 0 to 1, is held out.
 
-    ood: where all labels were found, the numbers that belong to no cause, nor to `fixed_question`,
-    change places, so that what went along with a cause no longer does and the answer stays true.
-    Only examples that this changes are in it."""
+    ood: the held-out examples whose numbers that belong to no cause, nor to `fixed_question`,
+    changed places; the answer stays true, what went along with it does not. Those with a label that
+    was not found are left out. ValueError when nothing is left to train or test on."""
     rng, inputs = random.Random(seed), sorted({example.input for example in examples})
     n = max(1, round(share * len(inputs))) if 0 < share < 1 else 0
     if not 0 < n < len(inputs):
@@ -351,8 +343,8 @@ def hold_out(examples, share, seed):
 
 
 def redraw_spurious(examples, seed):
-    """The same examples with each spurious phrase that of a random example, which differs from it in
-    numbers only ("Hormones: 4" is drawn from all "Hormones: N"); causes stay."""
+    """The same examples with each spurious phrase that of a random example, which differs from it
+    in numbers only ("Hormones: 4" is drawn from all "Hormones: N"); causes stay."""
     rng, pool, redrawn = random.Random(seed), defaultdict(list), []
     for phrase in (phrase for example in examples for phrase in example.spurious):
         pool[NUMBER.sub("N", phrase)].append(phrase)
@@ -370,15 +362,16 @@ ITEM = re.compile(r"(?:^|(?<=[,;:.?!]\s))([^\W\d_](?:[^,;:.?!]|\.(?=\S))*): " + 
 
 
 def reorder(example, rng):
-    """The same example with the "Name: number" items of its input in another order, or as it is when
-    that would lose an edge, other words stand between two items, or two have one name."""
+    """The same example with the "Name: number" items of its input in another order; as it is when
+    that would lose an edge or role, words stand between two items, or two have one name."""
     items = list(ITEM.finditer(example.input))
     between = "".join(example.input[a.end():b.start()] for a, b in pairwise(items))
     if len({item[1] for item in items}) < len(items) or re.search(r"\w", between):
         return example
     changes = {old.span(): new[0] for old, new in zip(items, rng.sample(items, len(items)))}
     moved = replace(example, input=substitute(example.input, changes))
-    same = len(phrases_to_edges(moved)[0]) == len(phrases_to_edges(example)[0])
+    (edges, roles, _), (moved_edges, moved_roles, _) = map(phrases_to_edges, (example, moved))
+    same = [*map(len, (edges, *roles))] == [*map(len, (moved_edges, *moved_roles))]
     return moved if same else example
 
 
@@ -387,9 +380,8 @@ PATTERN = r"\p{N}{1,3}| ?\p{L}+|[^\s\p{L}\p{N}]+\s*|\s+"
 
 
 def build_tokenizer(texts):
-    """A byte-level tiktoken.Encoding made from `texts`, without a download: it encodes any text and
-    decodes it exactly. One token: each byte, each number of up to three digits that occurs, each
-    word or mark that occurs twice."""
+    """A byte-level tiktoken.Encoding that encodes any text and decodes it exactly. One token: each
+    byte, each number of up to three digits in texts, each word or mark that occurs twice."""
     counts = Counter(piece for text in texts
                      for piece in re.findall(r"\d{1,3}| ?[^\W\d_]+|[^\w\s]+\s*", text))
     pieces = [piece.encode() for piece, n in counts.most_common() if n > 1 or piece.isdecimal()]
@@ -433,10 +425,10 @@ def tokens_of(span, offsets):
 def token_edges(edges, offsets):
     """Edges between spans as sorted (query, key) pairs of tokens, for any tokenizer.
 
-    edges: [(effect span, cause span)]. offsets: [(start, end)] of the tokens in characters, as a fast
-    tokenizer returns with return_offsets_mapping=True; (0, 0) is no text. A decoder predicts token
-    t + 1 at position t: an effect on tokens s..e is predicted by the queries s-1..e-1, and those get
-    the edges. Keys are the cause's tokens before s."""
+    offsets: [(start, end)] of the tokens in characters, as a fast tokenizer returns with
+    return_offsets_mapping=True; (0, 0) is no text. A decoder predicts token t + 1 at position t: an
+    effect on tokens s..e is predicted by the queries s-1..e-1, and those get the edges. Keys are
+    the cause's tokens before s."""
     pairs = set()
     for effect, cause in edges:
         predicted, keys = tokens_of(effect, offsets), tokens_of(cause, offsets)
@@ -445,8 +437,8 @@ def token_edges(edges, offsets):
 
 
 def narrow_edges(text, edges, spurious, how, rng):
-    """Edges whose causes are narrowed to their numbers ("value": "Smoking: 8" to "8") or whole
-    ("span"); as controls, spurious numbers ("spurious") or as many words at random ("random")."""
+    """Edges with their causes whole ("span"), as their numbers ("value": "Smoking: 8" to "8") or,
+    as controls, replaced by "spurious" numbers or as many "random" words."""
     narrow = lambda span: how != "span" and numbers_in(text, span) or [span]
     narrowed = [(effect, part) for effect, cause in edges for part in narrow(cause)]
     if how in ("value", "span"):
@@ -464,8 +456,8 @@ SEPARATOR = re.compile(rf"(?s).*(?:[,;.?!]\s|\n|{NUMBER.pattern})\s*")
 
 
 def item_of(text, span):
-    """The item that a span stands in: from the last separator or number before the span to its end,
-    such as "Smoking: 8" for "8" and "Answer: High Risk" for "High Risk"."""
+    """The item that a span stands in, from the last separator or number to the span's end:
+    "Smoking: 8" for "8", "Answer: High Risk" for "High Risk"."""
     before = SEPARATOR.match(text, 0, span[0])
     return before.end() if before else 0, span[1]
 
@@ -498,7 +490,7 @@ def encode(examples, tokenizer, edges="value", device="cpu", seed=0):
         role.extend([0] * len(tokens))
         item.extend([far] * len(tokens))
         links, (causal, spurious), _ = phrases_to_edges(example)
-        for r, span in [(1, span) for span in causal] + [(2, span) for span in spurious]:
+        for r, span in [(2, span) for span in spurious] + [(1, span) for span in causal]:
             for part in edges != "span" and numbers_in(text, span) or [span]:
                 for t in tokens_of(part, offsets):
                     role[n + t] = r
@@ -543,62 +535,48 @@ def adjacency_of(data, ix):
 
 
 def inside_of(data, ix):
-    """(B, T, T), bool: the adjacency of the layers below, where each token of an item looks inside it,
-    at itself and what stands before. Not shifted by one: it is about what a token holds, not about
-    what it predicts."""
+    """(B, T, T), bool: the adjacency of the layers below, where each token of an item looks inside
+    it, at itself and what stands before. Not shifted by one: it is about what a token holds, not
+    about what it predicts."""
     position = torch.arange(data.idx.shape[1], device=data.idx.device)
     return (data.item[ix][:, :, None] <= position) & (position <= position[:, None])
 
 
 def show(examples, row=None):
-    """What was understood of examples, as text, with the edges of one drawn: of line `row` of its
-    file, or the first that has any. ValueError when no example is on that line."""
-    tokenizer = build_tokenizer(e.input + e.target for e in examples)
-    data, answers = encode(examples, tokenizer), Counter(e.target for e in examples)
-    drawn = [n for n, e in enumerate(examples) if e.source.endswith(f":{row}")]
-    if row is None:
-        drawn = data.first_edge.diff().nonzero()[:, 0].tolist() or [0]
-    elif not drawn:
+    """The edges of one example as text: of line `row` of its file, or the first that has any.
+    ValueError when no example is on that line."""
+    drawn = [e for e in examples
+             if (phrases_to_edges(e)[0] if row is None else e.source.endswith(f":{row}"))]
+    if row is not None and not drawn:
         raise ValueError(f"--row is {row}: give the line of an example")
-    n, token, looks = drawn[0], {}, defaultdict(dict)
-    for text, positions in character_tokens(tokenizer, data.idx[n].tolist()):
+    example = (drawn or examples)[0]
+    tokenizer = build_tokenizer(e.input + e.target for e in examples)
+    data, token, keys = encode([example], tokenizer), {}, defaultdict(dict)
+    for text, positions in character_tokens(tokenizer, data.idx[0].tolist()):
         token |= dict.fromkeys(positions, f"{text!r} at {positions[0]}")
-    for query, key in data.edges[data.first_edge[n]:data.first_edge[n + 1]].tolist():
-        looks[f"{token[query]} predicts {token[query + 1]}"][token[key]] = True
-    shares = (f"{answer!r} {count / len(examples):.1%}" for answer, count in answers.most_common(5))
-    return "\n".join([
-        f"answers: {len(answers)}, {', '.join(shares)}",
-        f"tokens: {data.idx.shape[1]} in the longest, {tokenizer.n_vocab} in the vocabulary",
-        f"edges: {len(data.edges)}", examples[n].input + examples[n].target,
-        "each query, the token it predicts, the keys it should look at:",
-        *(f"  {query}  <-  {'  '.join(keys)}" for query, keys in looks.items())])
+    for query, key in data.edges.tolist():
+        keys[f"{token[query]} predicts {token[query + 1]}"][token[key]] = True
+    return "\n".join([example.input + example.target,
+                      "each query, the token it predicts, the keys it should look at:",
+                      *(f"  {query}  <-  {'  '.join(keys[query])}" for query in keys)])
 
 
 INSTRUCTION = """Each line below is a text as JSON: an input and the target that follows it.
-"important" says which phrases decide which later ones, as [{effect: [causes]}]; the effect is most
-often the target. Copy phrases from the text letter by letter. A cause stands before its effect; what
-merely goes along with an effect is no cause. Reply with the "important" of the last line alone.
+"important" says which phrases decide which later ones, as [{effect: [causes]}]; the effect is
+most often the target. Copy phrases from the text letter by letter. A cause stands before its
+effect; what merely goes along with an effect is no cause. Reply with the "important" of the last
+line alone.
 
 """
 
 
-def ask_assistant(command, prompt, time_limit):
-    """What a command, a list of words, prints when it reads the prompt on standard input. ValueError
-    when it fails, prints over a megabyte, or takes over time_limit seconds."""
-    try:
-        done = subprocess.run(command, input=prompt.encode(), stdout=subprocess.PIPE,
-                              stderr=subprocess.DEVNULL, timeout=time_limit)
-    except subprocess.TimeoutExpired:
-        raise ValueError(f"not done in {time_limit:g} seconds") from None
-    if done.returncode or len(done.stdout) > 1_000_000:
-        raise ValueError(f"exit status {done.returncode}, {len(done.stdout)} bytes")
-    return done.stdout.decode(errors="replace")
-
-
 def parse_reply(reply, example):
-    """The example with the labels of an assistant's reply: its last JSON objects without words between
-    them. ValueError for thoughts without an end, JSON that is broken or cut, and no edge at all."""
+    """The example with the labels that a reply ends in: its last JSON objects with no words between
+    them. ValueError for broken or cut JSON, thoughts without an end, over 20,000 characters, and no
+    edge at all."""
     reply, values, end = reply.rpartition("</think>")[2], [], 0  # before that stands a draft
+    if len(reply) > 20_000:
+        raise ValueError(f"{len(reply)} characters")
     decoder = json.JSONDecoder(object_pairs_hook=merge)
     for start in (m.start() for m in re.finditer(r"""\{\s*["'“‘]|\[\s*\{|<think>""", reply)):
         if start >= end:
@@ -606,66 +584,70 @@ def parse_reply(reply, example):
                 value, stop = decoder.raw_decode(reply, start)
             except (ValueError, RecursionError):
                 raise ValueError(f"broken or cut at {reply[start:start + 40]!r}") from None
-            values = as_list(value) + (values if not reply[end:start].strip(" \r\n\t,") else [])
+            values = (values if not reply[end:start].strip(" \r\n\t,") else []) + as_list(value)
             end = stop
     important = []
     for value in values:
-        if isinstance(value, dict) and value.keys() & {"input", "important"}:  # an echo of the prompt?
-            value = value.get("input", example.input) == example.input and value.get("important") or []
+        if isinstance(value, dict) and value.keys() & {"input", "important"}:  # a line, or an echo?
+            mine = value.get("input", example.input) == example.input
+            value = value.get("important", []) if mine else []
         important += as_list(value)
-    fields = {"input": example.input, "target": example.target, "important": important[:1000]}
-    labelled = replace(parse_example(json.dumps(fields)), source=example.source)
+    fields = {"input": example.input, "target": example.target, "important": important}
+    labelled = replace(example, important=parse_example(json.dumps(fields)).important)
     if not phrases_to_edges(labelled)[0]:
         raise ValueError("no {effect: [causes]} of phrases in the text")
     return labelled
 
 
-def done_in(path):
-    """{(input, target)} of the lines of an output file, which loses a last line that a kill has cut.
-    ValueError for any other line that is no example."""
+def answered(path):
+    """{(input, target)} of the lines of an output file, less a last one that a kill has cut.
+    ValueError for a line that is no example."""
     content = open(path, "rb").read() if os.path.exists(path) else b""
     whole, newline, last = content.rpartition(b"\n")
     try:
         parse_example(last)
-    except ValueError:
-        save(path, whole + newline)
-    else:
         save(path, content + b"\n")
-    return {(e.input, e.target) for e in read(path)[0]} if whole.strip() else set()
+    except ValueError:
+        if b'{"input"'.startswith(last[:8]):
+            save(path, whole + newline)
+    return {(e.input, e.target) for e in read(path)[0]} if os.path.getsize(path) else set()
 
 
 def annotate(questions, demos, assistant, out, jobs=4, time_limit=60):
     """Labels the examples of a file (the paper's first step: human examples, then an assistant).
 
-    questions, demos, out: JSON Lines files; every demo has labels. assistant: a command that reads a
-    prompt and prints a reply, within time_limit seconds, tried three times an example, `jobs` at once.
-    A line is appended to out when its answer comes, without labels when no reply is of use; what
-    stands in out is not asked again. ValueError or OSError for wrong arguments."""
+    questions, demos, out: JSON Lines files; every demo has labels. assistant: a command that reads
+    a prompt and prints a reply in time_limit seconds, tried three times an example, `jobs` at once.
+    Each answer is a line of out when it comes, without labels when no reply is of use; what stands
+    in out is not asked again. ValueError or OSError for wrong arguments."""
     command, (shown, _), (examples, summary) = shlex.split(assistant), read(demos), read(questions)
     if not command or not shutil.which(command[0]):
         raise ValueError(f"--assistant is {assistant!r}: give a program and its flags")
+    if jobs < 1:
+        raise ValueError(f"--jobs is {jobs}: give at least 1")
     if os.path.exists(out) and any(os.path.samefile(out, path) for path in (questions, demos)):
         raise ValueError(f"--out is {out}: give a file of its own")
     for demo in shown:
         if not phrases_to_edges(demo)[0]:
             raise ValueError(f'{demo.source}: no usable "important": give phrases of the text')
-    prompt, done, lock = INSTRUCTION + "".join(map(dump, shown)), done_in(out), threading.Lock()
+    prompt, done = INSTRUCTION + "".join(map(dump, shown)), answered(out)
+    lock, problems = threading.Lock(), []
     todo = {(e.input, e.target): e for e in examples if (e.input, e.target) not in done}.values()
-    problems = []  # of examples without a usable reply
 
     def label(example):
-        labelled, problem = replace(example, important=()), ""
-        question = prompt + dump(labelled)
+        question, labelled = prompt + dump(Example(example.input, example.target)), None
         for _ in range(3):
             try:
-                labelled = parse_reply(ask_assistant(command, question, time_limit), example)
+                reply = subprocess.run(command, input=question.encode(), stdout=subprocess.PIPE,
+                                       stderr=subprocess.DEVNULL, timeout=time_limit, check=True)
+                labelled = parse_reply(reply.stdout.decode(errors="replace"), example)
                 break
-            except ValueError as error:
+            except (ValueError, subprocess.SubprocessError) as error:
                 problem = f"{example.source}: {error}"
         else:
             problems.append(problem)
         with lock, open(out, "a", encoding="utf-8") as file:
-            file.write(dump(labelled))
+            file.write(dump(labelled or replace(example, important=())))
 
     print(summary)
     with ThreadPoolExecutor(jobs) as pool:
@@ -675,20 +657,21 @@ def annotate(questions, demos, assistant, out, jobs=4, time_limit=60):
                 answer.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)  # answers under way are still written
-    print(read(out)[1] + f"; {len(problems)} asked now have no usable reply"
-          + "".join(f", such as {problem}" for problem in problems[:1]))
+    print(f"{read(out)[1]}; {len(problems)} asked now have no usable reply", *problems[:1],
+          sep=", such as ")
 
 
 def check(labelled, truth):
-    """How well labelled Examples have the edges of the true ones, as text; paired by input and target.
-    ValueError when no text is in both."""
+    """How well labelled Examples have the edges of the true ones, as text; paired by input and
+    target. ValueError when no text is in both."""
     gold = {(e.input, e.target): set(phrases_to_edges(e)[0]) for e in truth}
     pairs = [(e, set(phrases_to_edges(e)[0]), gold[e.input, e.target])
              for e in labelled if (e.input, e.target) in gold]
     if not pairs:
-        raise ValueError(f"{labelled[0].source} and later: none is in {truth[0].source} and later: "
-                         "compare labels of the same texts")
-    tp, n_predicted, n_true = (sum(map(len, sets)) for sets in zip(*((p & t, p, t) for _, p, t in pairs)))
+        raise ValueError(f"{labelled[0].source}: no text is in {truth[0].source}: "
+                         "give labels of the same texts")
+    tp = sum(len(predicted & true) for _, predicted, true in pairs)
+    n_predicted, n_true = (sum(len(pair[k]) for pair in pairs) for k in (1, 2))
     lines = [f"{len(pairs)} examples compared, {len(labelled) - len(pairs)} have no true labels",
              f"edges: precision {tp / max(n_predicted, 1):.3f}, recall {tp / max(n_true, 1):.3f}, "
              f"F1 {2 * tp / max(n_predicted + n_true, 1):.3f}"]
@@ -702,10 +685,11 @@ def check(labelled, truth):
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="data.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
+    parser.error = error = lambda message: parser.exit(2, f"data.py: {message}\n")  # no usage
 
     def command(name, help):
         sub = commands.add_parser(name, help=help)
-        sub.error = lambda message: parser.exit(2, f"data.py: {message}\n")  # without the usage
+        sub.error = error
         return sub.add_argument
 
     add = command("show", "what is understood of a JSON Lines file")
@@ -718,7 +702,7 @@ def main(argv=None):
     add("--seed", type=int, default=0)
     add("--out", required=True)
     add = command("annotate", "labels by an assistant; the same command goes on")
-    add("file")
+    add("questions")
     add("--demos", required=True, help="examples labelled by hand")
     add("--assistant", required=True, help="command that reads a prompt and prints a reply")
     add("--out", required=True)
@@ -730,18 +714,19 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         if args.command == "annotate":
-            annotate(args.file, args.demos, args.assistant, args.out, args.jobs, args.time_limit)
+            annotate(args.questions, args.demos, args.assistant, args.out, args.jobs,
+                     args.time_limit)
         elif args.command == "generate":
             examples = generate(GAMES[args.game], args.rows, args.ood, args.seed)
             save(args.out, "".join(map(dump, examples)).encode())
-            print(f"{args.out}: {len(examples)} examples\n{show(examples)}")
+            print(show(examples))
         else:
             examples, summary = read(args.file)
             print(summary)
             print(show(examples, args.row) if args.command == "show"
                   else check(examples, read(args.against)[0]))
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"data.py: {error}\n")
+    except (ValueError, OSError) as problem:
+        error(problem)
     except KeyboardInterrupt:
         parser.exit(130, "data.py: interrupted: the same command goes on\n")
 

@@ -105,7 +105,7 @@ def load(path):
 
 def load_data(args, seed):
     """A Dataset for each of "train", "iid", "ood", "redrawn" (ood with other spurious numbers), and
-    what is watched while training, which is no part of a test set."""
+    what is watched while training: no part of a generated test set or a test file."""
     if not args.train:
         iid = generate(GAMES[args.game], args.rows + TEST + WATCH, False, seed)
         ood = generate(GAMES[args.game], TEST + WATCH, True, seed, exclude=iid)
@@ -328,6 +328,7 @@ def ask_model(model, tokenizer, args, state, text):
 def tag(name, text="", **attributes):
     """An SVG element."""
     pairs = " ".join(f'{key.replace("_", "-")}="{value}"' for key, value in attributes.items())
+    text = "".join(c if c.isprintable() else " " for c in text)  # XML holds no control characters
     return f"<{name} {pairs}>{html.escape(text)}</{name}>\n"
 
 

@@ -128,9 +128,9 @@ def test_generated_texts_look_like_the_released_ones(game, file):
 @pytest.mark.parametrize("wrong, part", [
     (dict(spurious=(Feature("B", copies="Aa"),)), "B copies 'Aa': give one of .*A"),
     (dict(irrelevant=(Feature("C", 9, 2),)), "C is 9 to 2: lower first"),
-    (dict(bands=((5, "yes"),)), r"bands start at \[5\]: .*-math.inf last"),
-    (dict(bands=()), "bands start at .*-math.inf last"),
-    (dict(bands=((1, "no"), (5, "yes"), (-math.inf, "?"))), r"bands start at \[1, 5.* highest first"),
+    (dict(bands=((5, "yes"),)), r"bands from \[5\]: .*-math.inf last"),
+    (dict(bands=()), "bands from .*-math.inf last"),
+    (dict(bands=((1, "no"), (5, "yes"), (-math.inf, "?"))), r"bands from \[1, 5.* highest first"),
     (dict(question="A number. Answer: "), "write {features} once in the question")])
 def test_a_mistake_in_a_game_is_one_line_with_the_remedy(wrong, part):
     good = dict(causal=(Feature("A"),), spurious=(Feature("B", copies="A"),), irrelevant=(),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from data import (GAMES, NUMBER, STG, STG_H, Example, build_tokenizer, dump, encode, find, generate,
-                  hold_out, main, numbers_in, parse_example, phrases_to_edges, read,
+                  hold_out, main, parse_example, phrases_to_edges, read,
                   redraw_spurious, reorder, save, show)
 
 RELEASED = os.environ.get("CAT_RELEASED_DATA")
@@ -24,12 +24,6 @@ RELEASED = os.environ.get("CAT_RELEASED_DATA")
     ("38th, 45th; 73.8%; 114.2Mbps, 5kg", ["38", "45", "73.8", "114.2", "5"])])
 def test_a_number_is_one_whole_value(text, numbers):
     assert NUMBER.findall(text) == numbers
-
-
-def test_the_numbers_of_a_span_are_those_of_the_text():
-    text = "PM2.5: 40 of 1,000"
-    assert [text[a:b] for a, b in numbers_in(text, (0, 9))] == ["40"]
-    assert numbers_in("Weight: 4, Room: 5", (0, 9)) == [(8, 9)] and numbers_in(text, (0, 5)) == []
 
 
 def whole(text, phrase):
@@ -148,10 +142,7 @@ def test_a_bad_line_names_file_line_and_remedy(tmp_path, line, part):
         read(path)
     message = str(error.value)
     assert message.startswith(f"{path}:2: ") and part in message and "\n" not in message
-
-
-def test_a_file_without_examples_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="examples.jsonl: "):
+    with pytest.raises(ValueError, match="examples.jsonl: no examples: give"):
         read(write(tmp_path, "\n\n"))
 
 
@@ -319,16 +310,12 @@ def test_command_line(tmp_path, capsys):
 
 
 @pytest.mark.skipif(not RELEASED, reason="set CAT_RELEASED_DATA to the authors' released data")
-@pytest.mark.parametrize("name, count", [("STG/spurious_token_game_train3.jsonl", 1600),
-                                         ("STG_H/STG_H_train.jsonl", 3000),
-                                         ("MAWPS/mawps_train.jsonl", 1239)])
-def test_released_files_are_understood(name, count):
-    examples, _ = read(Path(RELEASED, name))
-    assert len(examples) == count
-    n_edges = [len(phrases_to_edges(example)[0]) for example in examples[:300]]
-    if "STG" in name:
-        assert min(n_edges) == (6 if "STG_H" in name else 3)
-        assert all(reorder(e, random.Random(0)).input != e.input for e in examples[:20])
-        assert len(hold_out(examples, 0.1, 0)[2]) > 0.09 * count
-    else:
-        assert sum(map(bool, n_edges)) > 250
+@pytest.mark.parametrize("name, fewest, least", [  # edges; share of the examples that are OOD
+    ("STG/spurious_token_game_train3.jsonl", 3, 0.45), ("STG_H/STG_H_train.jsonl", 6, 0.45),
+    ("MAWPS/mawps_train.jsonl", 0, 0)])
+def test_released_files_are_understood(name, fewest, least):
+    examples, count = read(Path(RELEASED, name))[0][:300], 300
+    n_edges = [len(phrases_to_edges(example)[0]) for example in examples]
+    assert len(examples) == count and min(n_edges) == fewest
+    assert reorder(examples[0], random.Random(0)) != examples[0] or fewest == 0
+    assert len(hold_out(examples, 0.5, 0)[2]) > least * count

@@ -325,9 +325,9 @@ def test_a_folder_holds_the_runs_of_one_command(monkeypatch):
 
 
 @pytest.mark.parametrize("change", [
-    {"argv": ["--steps", 5]}, {"argv": ["--nonsense"]}, {"argv": 7}, {"steps_done": "3"}, {"steps_done": 161},
-    {"steps_done": 0}, {"tokenizer": ["a"]}, {"tokenizer": [7]}, {"tokenizer": slice(-1)},
-    {"sizes": [300, 20, 2, 2, 17]}, {"sizes": [9]}, {"model": {}},
+    {"argv": ["--steps", 5]}, {"argv": ["--nonsense"]}, {"argv": 7}, {"steps_done": "3"},
+    {"steps_done": 161}, {"steps_done": 0}, {"tokenizer": ["a"]}, {"tokenizer": [7]},
+    {"tokenizer": slice(-1)}, {"sizes": [300, 20, 2, 2, 17]}, {"sizes": [9]}, {"model": {}},
     b"", b"hello", slice(5000), slice(-20), b"cos\nmkdir\n(S'hacked'\ntR."])  # it would run code
 def test_a_file_that_is_no_checkpoint_is_refused(learned, change):
     whole = (learned[0] / "cat-1.pt").read_bytes()
