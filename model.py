@@ -108,8 +108,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def start_alike(self, numbers):
-        """Half of the channels of numbers, {token id: value}, start as sines and cosines of the value:
-        7 and 8 begin as neighbours, not as strangers."""
+        """Half of the channels of numbers, {token id: value}, start as sines and cosines of the
+        value: 7 and 8 begin as neighbours, not as strangers."""
         values = torch.tensor(list(numbers.values()), device=self.embed.weight.device)
         angles = torch.outer(values, 0.5 ** torch.arange(1, self.config.n_embd // 4 + 1))
         waves = math.sqrt(2) * torch.cat((angles.sin(), angles.cos()), dim=1)  # of mean square 1
@@ -122,7 +122,7 @@ class GPT(nn.Module):
         are exactly zero above the diagonal."""
         T = idx.shape[1]
         if T > self.config.block_size:
-            raise ValueError(f"{T} tokens, over block_size {self.config.block_size}: shorten the text")
+            raise ValueError(f"{T} tokens, over block_size {self.config.block_size}: give fewer")
         x = self.embed(idx)  # (B, T, n_embd)
         attentions = []
         for block in self.blocks:

@@ -198,8 +198,8 @@ def begin(args, seed, run, data):
 
 
 def train(args, seed, run, data, metrics):
-    """One run, "no-cat" or "cat". Every tenth of it adds a line of JSON to `metrics`, writes them to
-    metrics.jsonl, and saves a checkpoint. Returns the model. ValueError for a loss that is not
+    """One run, "no-cat" or "cat". Every tenth of it adds a line of JSON to `metrics`, writes them
+    to metrics.jsonl, and saves a checkpoint. Returns the model. ValueError for a loss that is not
     finite."""
     model, optimizer, batches, state = begin(args, seed, run, data)
     metrics += state["metrics"]
@@ -344,7 +344,7 @@ def attention_svg(tests, data):
     hits = zip(*([guess == right for guess, right in answers] for answers, _ in tests.values()))
     n = next((n for n, hit in enumerate(hits) if hit[-1] and not hit[0]), 0)
     tokens, y = data.idx[n, :data.answer[n].int().argmax() + 1].tolist(), 16
-    parts = [tag("text", "shade: attention paid by the answer; bold: causes; italic: spurious numbers",
+    parts = [tag("text", "shade: attention paid by the answer; bold: causes; italic: spurious",
                  x=20, y=28)]
     for name, (answers, look) in tests.items():
         x, y = 20, y + 60
@@ -401,8 +401,9 @@ def run_all(args):
             raise ValueError(f'{args.train}: no edges: add "important", or pass --no-cat')
         if seed == args.seed[0]:
             out.mkdir(parents=True, exist_ok=True)
-            for name in [] if args.resume else [*mine, "metrics.jsonl", "attention.svg", "curves.svg"]:
-                (out / name).unlink(missing_ok=True)  # so that two commands never mix
+            for name in [*mine, "metrics.jsonl", "attention.svg", "curves.svg"]:
+                if not args.resume:  # so that two runs never mix
+                    (out / name).unlink(missing_ok=True)
         for run in runs:
             model = train(args, seed, run, data, metrics)
             line, constant, looks = test(f"{run}, seed {seed}", model, data, args)
