@@ -20,10 +20,6 @@ class GPTConfig:
         for name, value in vars(self).items():
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} is {value!r}: give a whole number of at least 1")
-        size = 12 * self.n_layer * self.n_embd ** 2 + 2 * self.vocab_size * self.n_embd
-        if size > 1e9:
-            raise ValueError(f"n_layer is {self.n_layer}, n_embd is {self.n_embd}: "
-                             f"{size:.1e} parameters, lower them below 1e9")
         if self.n_embd % (2 * self.n_head):
             raise ValueError(f"n_embd is {self.n_embd}: rotary positions turn pairs of channels, "
                              f"so give a multiple of 2 * n_head = {2 * self.n_head}")
@@ -89,16 +85,14 @@ class GPT(nn.Module):
         D = config.n_embd // config.n_head
         # base 100, not the usual 10000: all of a small head's few pairs turn within a short text
         angles = torch.outer(torch.arange(config.block_size), 100.0 ** (-torch.arange(0, D, 2) / D))
-        self.register_buffer("cos", angles.cos(), persistent=False)  # (block_size, D / 2)
-        self.register_buffer("sin", angles.sin(), persistent=False)
         future = torch.ones(config.block_size, config.block_size, dtype=torch.bool).triu(1)
-        self.register_buffer("future", future, persistent=False)
+        for name, buffer in ("cos", angles.cos()), ("sin", angles.sin()), ("future", future):
+            self.register_buffer(name, buffer, persistent=False)
         self.apply(self.init_weights)
 
     def init_weights(self, module):
-        """GPT-2's std of 0.02 is meant for width 768: at width 64 every layer starts near zero, and
-        training sits on a plateau. Std 1 / sqrt(fan_in) keeps a signal of size 1 through any width;
-        embeddings start at that size."""
+        """Std 1 / sqrt(fan_in) keeps a signal of size 1 through any width; GPT-2's 0.02 is meant for
+        width 768 and sits on a plateau here. Embeddings start at size 1."""
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=1 / math.sqrt(module.in_features))
             if module.bias is not None:
@@ -117,9 +111,8 @@ class GPT(nn.Module):
         self.head.weight[list(numbers), :waves.shape[1]] = waves / math.sqrt(self.config.n_embd)
 
     def forward(self, idx):
-        """idx: (B, T) token ids, T <= block_size (else ValueError). Returns logits (B, T,
-        vocab_size) and a list of n_layer attention maps (B, n_head, T, T): their rows sum to 1 and
-        are exactly zero above the diagonal."""
+        """idx: (B, T) token ids, T <= block_size. Returns logits (B, T, vocab_size) and a list of
+        n_layer maps (B, n_head, T, T): rows sum to 1, exactly zero above the diagonal."""
         T = idx.shape[1]
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens, over block_size {self.config.block_size}: give fewer")
@@ -132,8 +125,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, stop=None):
-        """Greedy continuation of idx, (1, T): a list of at most max_new_tokens ids, ended early by
-        the id `stop` (not returned) or by block_size."""
+        """Greedy continuation of idx, (1, T): at most max_new_tokens ids, ended early by the id
+        `stop`, not returned, or by block_size."""
         new = []
         while len(new) < max_new_tokens and idx.shape[1] <= self.config.block_size:
             token = self(idx)[0][:, -1].argmax(dim=-1, keepdim=True)  # (1, 1)

@@ -107,7 +107,7 @@ def test_generate_is_greedy_and_stops():
 @pytest.mark.parametrize("changes, part", [
     ({"vocab_size": 0}, "vocab_size is 0"), ({"n_layer": -1}, "n_layer is -1"),
     ({"n_head": 2.0}, "n_head is 2.0"), ({"n_head": 3}, "multiple of 2 * n_head = 6"),
-    ({"n_embd": 10}, "n_embd is 10"), ({"n_layer": 64, "n_embd": 4096}, "1.3e+10 parameters")])
+    ({"n_embd": 10}, "n_embd is 10")])
 def test_config_checks_itself(changes, part):
     with pytest.raises(ValueError) as error:
         small_model(**changes)
