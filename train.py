@@ -157,7 +157,7 @@ def evaluate(model, data, args):
     and right, each token guessed given the right ones before it, so that a pair is equal just when
     the greedy answer is right; and (N, T), the attention of the query that predicts the answer."""
     answers, look = [], []
-    for ix in torch.arange(len(data.idx)).split(max(1, 2 ** 20 // data.idx.shape[1] ** 2)):
+    for ix in torch.arange(len(data.idx)).split(max(1, 2 ** 18 // data.idx.shape[1] ** 2)):
         logits, attentions = model(data.idx[ix])
         for guess, right, at in zip(logits.argmax(dim=-1), data.targets[ix], data.answer[ix]):
             answers.append([data.tokenizer.decode(ids[at].tolist()).removesuffix(END)
