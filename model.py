@@ -115,7 +115,7 @@ class GPT(nn.Module):
         n_layer maps (B, n_head, T, T): rows sum to 1, exactly zero above the diagonal."""
         T = idx.shape[1]
         if T > self.config.block_size:
-            raise ValueError(f"{T} tokens, over block_size {self.config.block_size}: give fewer")
+            raise ValueError(f"{T} tokens, over block_size {self.config.block_size}: shorten it")
         x = self.embed(idx)  # (B, T, n_embd)
         attentions = []
         for block in self.blocks:
