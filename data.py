@@ -278,7 +278,7 @@ def read(path):
             except ValueError as error:
                 raise ValueError(f"{path}:{n}: {error}") from None
             edges, (causal, _), notes = phrases_to_edges(examples[-1])
-            counts.update({"edges": bool(edges), "edges at the answer": bool(causal)})
+            counts.update({"edges": +bool(edges), "edges at the answer": +bool(causal)})
             for what in filter(notes.get, notes):
                 counts[what] += len(notes[what])
                 shown.setdefault(what, f"phrases {what}, such as line {n}: {notes[what][0]!r}")

@@ -77,15 +77,15 @@ def parse_args(argv=None):
     for flag in ("rows", "orders", "steps", "batch_size", "threads"):
         if getattr(args, flag) < 1:
             error(f"--{flag.replace('_', '-')} is {getattr(args, flag)}: give at least 1")
-    given = [flag for flag in ("train", "iid", "ood", "val") if getattr(args, flag)]
+    given = [flag for flag in ("train", "iid", "ood", "val") if getattr(args, flag) is not None]
     if given not in ([], ["train", "iid", "ood"], ["train", "val"]):
         error(f"--{' --'.join(given)}: give --train --iid --ood, --train --val, or none")
+    GPTConfig(1, 1, args.n_layer, args.n_head, args.n_embd)
     if not all(-args.n_layer <= layer < args.n_layer for layer in args.layers):
         error(f"--layers is {args.layers}: give numbers from 0 to {args.n_layer - 1}")
     if args.ask is not None and not args.eval:
         error("--ask needs a checkpoint: give --eval out/cat-1.pt too")
     # what is checked where it is used is tried now, before a file is touched
-    GPTConfig(1, 1, args.n_layer, args.n_head, args.n_embd)
     gamma_at(0, args.gamma, args.decay)
     re_attention_loss(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), args.alpha, args.form)
     try:
@@ -242,8 +242,9 @@ def watch(model, data, ix, args):
     attn = read_out(model(data["train"].idx[ix])[1], args)
     causal, other = attention_ratio(attn, adjacency_of(data["train"], ix))  # (R,) each
     tests = {name[6:]: evaluate(model, data[name], args)[0] for name in data if "watch" in name}
-    return {"ratio": (causal.sum() / other.sum()).item(), **{
-        name: mean(guess == right for guess, right in answers) for name, answers in tests.items()}}
+    ratio = {"ratio": (causal.sum() / other.sum()).item()} if len(causal) else {}
+    return {**ratio, **{name: mean(guess == right for guess, right in answers)
+                        for name, answers in tests.items()}}
 
 
 def load_checkpoint(path, device):
@@ -265,7 +266,7 @@ def load_checkpoint(path, device):
 
 def number(text):
     try:
-        return float(text)
+        return float(text) if math.isfinite(float(text)) else math.nan
     except ValueError:
         return math.nan
 
@@ -315,6 +316,8 @@ def ask_model(model, tokenizer, args, state, text):
     before, after = state["question"]
     text = before + text.removeprefix(before).rstrip().removesuffix(after.rstrip()) + after
     tokens = tokenizer.encode_ordinary(text)
+    if not tokens:
+        raise ValueError("--ask is empty: give a question")
     idx = torch.tensor([tokens], device=args.device)
     with torch.no_grad():
         look = read_out(model(idx)[1], args)[0, -1]  # (T,)
@@ -394,7 +397,7 @@ def run_all(args):
     for path in out.glob("*.pt"):
         if path.name not in mine:
             raise ValueError(f"{path} is of another command: give another --out, or remove it")
-    lines, metrics, pictured = {run: [] for run in runs}, [], {}
+    lines, metrics, pictured = {run: [] for run in [*runs, "most frequent answer"]}, [], {}
     for seed in args.seed:
         data = load_data(args, seed)
         if "cat" in runs and not len(data["train"].edges):
@@ -408,16 +411,20 @@ def run_all(args):
             model = train(args, seed, run, data, metrics)
             line, constant, looks = test(f"{run}, seed {seed}", model, data, args)
             lines[run].append(line)
+            if run == runs[0]:  # it is of the test sets, the same for both runs
+                lines["most frequent answer"].append(constant)
             pictured.setdefault(run, looks)
         if seed == args.seed[0]:
             save(out / "attention.svg", attention_svg(pictured, data.get("ood", data["iid"])))
     save(out / "curves.svg", curves_svg(list(map(json.loads, metrics))))
-    for run, of_run in lines.items() if len(args.seed) > 1 else ():
-        columns = [column for column in of_run[0] if column != "run"]
+    for run, of_run in lines.items():
+        columns = [c for c in of_run[0] if c != "run" and all(c in line for line in of_run)]
         for name, f in (("mean", mean), ("deviation", stdev), ("lowest", min)):
-            lines[run] = lines[run] + [{"run": f"{run}, {name}", **{
-                column: f([line[column] for line in of_run]) for column in columns}}]
-    print_table(sum(lines.values(), []) + [constant])
+            chosen = columns if name != "lowest" else [c for c in columns if c in ("iid", "ood")]
+            if len(args.seed) > 1:
+                lines[run] = lines[run] + [{"run": f"{run}, {name}", **{
+                    column: f([line[column] for line in of_run]) for column in chosen}}]
+    print_table(sum(lines.values(), []))
 
 
 def main(argv=None):
@@ -430,6 +437,8 @@ def main(argv=None):
         if args.ask is not None:
             return ask_model(model, tokenizer, saved, state, args.ask)
         data = load_data(saved, state["seed"])
+        if zlib.crc32(data["train"].idx.cpu().numpy()) != state["data"]:
+            raise ValueError(f"{args.eval}: its training data have changed: bring them back")
         print_table(test(f"{state['run']}, seed {state['seed']}", model, data, saved)[:2])
     except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
