@@ -91,8 +91,8 @@ class GPT(nn.Module):
         self.apply(self.init_weights)
 
     def init_weights(self, module):
-        """Std 1 / sqrt(fan_in) keeps a signal of size 1 through any width; GPT-2's 0.02 is meant for
-        width 768 and sits on a plateau here. Embeddings start at size 1."""
+        """Std 1 / sqrt(fan_in) keeps a signal of size 1 through any width; GPT-2's 0.02 is meant
+        for width 768 and sits on a plateau here. Embeddings start at size 1."""
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=1 / math.sqrt(module.in_features))
             if module.bias is not None:

@@ -11,7 +11,6 @@ import html
 import io
 import json
 import math
-import os
 import random
 import zlib
 from collections import Counter
@@ -211,7 +210,7 @@ def train(args, seed, run, data, metrics):
         gamma = gamma_at(done, args.gamma, args.decay) if run == "cat" else 0.0
         # 2. L = L_next + gamma * L_attn on the next examples
         l_next, l_attn = losses(model, data["train"], batches[step], args)
-        loss = l_next + gamma * l_attn
+        loss = l_next + gamma * l_attn if gamma else l_next  # no way back through an idle term
         if not math.isfinite(loss.item()):
             raise ValueError(f"loss is {loss.item()} at step {step} ({run}): lower --lr or --gamma")
         # 3. one update of the weights
@@ -417,13 +416,12 @@ def run_all(args):
         if seed == args.seed[0]:
             save(out / "attention.svg", attention_svg(pictured, data.get("ood", data["iid"])))
     save(out / "curves.svg", curves_svg(list(map(json.loads, metrics))))
-    for run, of_run in lines.items():
+    for run, of_run in lines.items() if len(args.seed) > 1 else ():
         columns = [c for c in of_run[0] if c != "run" and all(c in line for line in of_run)]
         for name, f in (("mean", mean), ("deviation", stdev), ("lowest", min)):
             chosen = columns if name != "lowest" else [c for c in columns if c in ("iid", "ood")]
-            if len(args.seed) > 1:
-                lines[run] = lines[run] + [{"run": f"{run}, {name}", **{
-                    column: f([line[column] for line in of_run]) for column in chosen}}]
+            lines[run] = lines[run] + [{"run": f"{run}, {name}", **{
+                column: f([line[column] for line in of_run]) for column in chosen}}]
     print_table(sum(lines.values(), []))
 
 
