@@ -27,8 +27,8 @@ from data import (EDGES, END, GAMES, ROLES, adjacency_of, build_tokenizer, chara
                   tokenizer_from)
 from model import GPT, GPTConfig
 
+RUNS = ["no-cat", "cat"]
 TEST, WATCH = 1000, 200  # examples in a generated test set; examples watched while training
-COLORS = {"no-cat": "#d55e00", "cat": "#0072b2"}  # of the two runs
 
 
 def parse_args(argv=None):
@@ -38,24 +38,23 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = error  # one line, by main, instead of the usage
-    add, one_of = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
-    one_of("--cat", action="store_true", help="only the run with CAT")
-    one_of("--no-cat", action="store_true", help="only the run without CAT")
+    add = parser.add_argument
+    add("--runs", nargs="+", choices=RUNS, default=RUNS, help="without and with CAT")
     add("--game", choices=GAMES, default="STG", help="to generate")
     add("--rows", type=int, default=8000, help="training examples to generate")
-    add("--train", help="JSON Lines file to train on, with --iid and --ood, or --val")
-    add("--iid", help="test file from the same distribution")
-    add("--ood", help="test file whose spurious correlations are broken")
-    add("--val", type=float, help="share of --train to test on, as it is and with numbers shuffled")
-    add("--orders", type=int, default=1, help='of "Name: number" items to see an example in')
-    add("--edges", choices=EDGES, default="value", help="what of a cause to look at, or a control")
+    add("--train", help="JSON Lines file; then give --iid and --ood too, or --val")
+    add("--iid", help="test file, in distribution")
+    add("--ood", help="test file, out of distribution")
+    add("--val", type=float, help="share of --train to test on; OOD: with numbers shuffled")
+    add("--orders", type=int, default=1, help='of "Name: number" items to show an example in')
+    add("--edges", choices=EDGES, default="value", help="what of a cause to look at; controls")
     add("--steps", type=int, help="default: those of the game, 1200 for a file")
     add("--batch-size", type=int, default=16, help="examples in a step")
     add("--lr", type=float, default=4e-3, help="learning rate, falls to 0 as a cosine")
     add("--loss", choices=("all", "answer", "both"), default="both", help="tokens to predict")
-    add("--form", choices=FORMS, default="each", help="of the Re-Attention loss, see cat.py")
+    add("--form", choices=FORMS, default="each", help="of L_attn, see cat.py")
     add("--alpha", type=float, default=1000.0, help="ratio of causal to other attention to reach")
-    add("--gamma", type=float, default=0.3, help="weight of the Re-Attention loss")
+    add("--gamma", type=float, default=0.3, help="weight of L_attn")
     add("--decay", type=float, default=0.0, help="gamma falls to exp(-decay) of that")
     add("--layers", type=int, nargs="+", default=[-1], help="that look at the causes")
     add("--open-path", action="store_true", help="leave the layers below these alone")
@@ -68,7 +67,7 @@ def parse_args(argv=None):
     add("--out", default="out", help="folder for checkpoints, metrics.jsonl and pictures")
     add("--resume", action="store_true", help="go on with this command's runs in --out")
     add("--eval", metavar="CHECKPOINT", help="test it again, and train nothing")
-    add("--ask", metavar="TEXT", help="a question for --eval")
+    add("--ask", nargs=2, metavar=("CHECKPOINT", "TEXT"), help="answer a question")
     args = parser.parse_args(argv)
     args.argv = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--resume"]
     if args.steps is None:
@@ -79,24 +78,17 @@ def parse_args(argv=None):
     given = [flag for flag in ("train", "iid", "ood", "val") if getattr(args, flag) is not None]
     if given not in ([], ["train", "iid", "ood"], ["train", "val"]):
         error(f"--{' --'.join(given)}: give --train --iid --ood, --train --val, or none")
-    GPTConfig(1, 1, args.n_layer, args.n_head, args.n_embd)
     if not all(-args.n_layer <= layer < args.n_layer for layer in args.layers):
         error(f"--layers is {args.layers}: give numbers from 0 to {args.n_layer - 1}")
-    if args.ask is not None and not args.eval:
-        error("--ask needs a checkpoint: give --eval out/cat-1.pt too")
     # what is checked where it is used is tried now, before a file is touched
+    GPTConfig(1, 1, args.n_layer, args.n_head, args.n_embd)
     gamma_at(0, args.gamma, args.decay)
     re_attention_loss(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), args.alpha, args.form)
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError):
-        error(f"--device is {args.device}, which this torch does not find: give cpu")
     return args
 
 
-@functools.cache
+@functools.cache  # once for all seeds
 def load(path):
-    """The Examples of a file, read and summarised once for all seeds."""
     examples, summary = read(path)
     print(summary)
     return examples
@@ -152,9 +144,9 @@ def losses(model, data, ix, args):
 
 @torch.no_grad()
 def evaluate(model, data, args):
-    """How a model does on a Dataset of N examples. Returns (answers, look): N pairs of texts, guess
-    and right, each token guessed given the right ones before it, so that a pair is equal just when
-    the greedy answer is right; and (N, T), the attention of the query that predicts the answer."""
+    """Answers to a Dataset of N examples: N pairs (guess, right) of texts, each token guessed given
+    the right ones before it, so that they are equal just when the greedy answer is right; and
+    (N, T), the attention of the query that predicts the answer."""
     answers, look = [], []
     for ix in torch.arange(len(data.idx)).split(max(1, 2 ** 18 // data.idx.shape[1] ** 2)):
         logits, attentions = model(data.idx[ix])
@@ -164,6 +156,19 @@ def evaluate(model, data, args):
         first = data.answer[ix].int().argmax(dim=1)  # (B,)
         look.append(read_out(attentions, args)[torch.arange(len(ix)), first].cpu())
     return answers, torch.cat(look)
+
+
+@torch.no_grad()
+def watch(model, data, ix, args):
+    """Ratio of causal to other attention on the training examples ix, and accuracies."""
+    attn = read_out(model(data["train"].idx[ix])[1], args)
+    causal, other = attention_ratio(attn, adjacency_of(data["train"], ix))  # (R,) each
+    seen = {"ratio": (causal.sum() / other.sum()).item()} if len(causal) else {}
+    for split in ("train", "iid", "ood"):
+        if f"watch {split}" in data:
+            answers, _ = evaluate(model, data[f"watch {split}"], args)
+            seen[split] = mean(guess == right for guess, right in answers)
+    return seen
 
 
 def begin(args, seed, run, data):
@@ -180,28 +185,25 @@ def begin(args, seed, run, data):
     # the examples follows from the seed; weights, optimiser and step stand in the checkpoint.
     n, B = len(data["train"].idx), args.batch_size
     order = torch.cat([torch.randperm(n) for _ in range(args.steps * B // n + 1)])
-    begun = {"argv": args.argv, "run": run, "seed": seed, "threads": args.threads, "sizes": sizes,
-             "tokenizer": pieces, "data": zlib.crc32(data["train"].idx.cpu().numpy())}
-    state = {**begun, "question": list(data["train"].question),
-             "answers": list(data["train"].answers), "steps_done": 0, "metrics": []}
+    state = {"argv": args.argv, "run": run, "seed": seed, "threads": args.threads,
+             "data": checksum(data), "sizes": sizes, "steps_done": 0, "metrics": []}
     path = Path(args.out, f"{run}-{seed}.pt")
     if args.resume and path.exists():
-        *_, saved = load_checkpoint(path, args.device)
-        if any(saved[name] != value for name, value in begun.items()):
+        saved = load_checkpoint(path, args.device)[-1]
+        if any(saved[name] != state[name] for name in list(state)[:6]):
             raise ValueError(f"{path} was begun with other data, flags or threads: give those, "
                              f"{' '.join(saved['argv'])}, {saved['threads']}, or another --out")
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        state |= {"steps_done": saved["steps_done"], "metrics": saved["metrics"]}
+        state = saved
     return model, optimizer, order[:args.steps * B].split(B), state
 
 
-def train(args, seed, run, data, metrics):
-    """One run, "no-cat" or "cat". Every tenth of it adds a line of JSON to `metrics`, writes them
-    to metrics.jsonl, and saves a checkpoint. Returns the model. ValueError for a loss that is not
-    finite."""
+def train(args, seed, run, data, earlier=()):
+    """One run, "no-cat" or "cat". After every tenth of it writes a line of JSON to metrics.jsonl,
+    behind those of earlier runs, and a checkpoint. Returns the model and its lines. ValueError for
+    a loss that is not finite."""
     model, optimizer, batches, state = begin(args, seed, run, data)
-    metrics += state["metrics"]
     recent = []  # L_next and L_attn since the last line
     for step in range(state["steps_done"], args.steps):
         # 1. the share of training done sets the learning rate and the weight of L_attn
@@ -224,120 +226,113 @@ def train(args, seed, run, data, metrics):
             line = {"run": run, "seed": seed, "step": step + 1, "loss": l_next, "attn_loss": l_attn,
                     **watch(model, data, batches[step], args)}
             line = {name: round(x, 4) if type(x) is float else x for name, x in line.items()}
-            metrics.append(json.dumps(line) + "\n")
-            recent = []
-            print(metrics[-1], end="", file=sys.stderr)
-            save(Path(args.out, "metrics.jsonl"), "".join(metrics).encode())
-            state |= {"steps_done": step + 1, "metrics": state["metrics"] + metrics[-1:],
-                      "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            print(json.dumps(line), file=sys.stderr)
+            recent, state["steps_done"] = [], step + 1
+            state["metrics"] = state["metrics"] + [json.dumps(line) + "\n"]
+            state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            save(Path(args.out, "metrics.jsonl"), "".join([*earlier, *state["metrics"]]).encode())
             torch.save(state, file := io.BytesIO())
             save(Path(args.out, f"{run}-{seed}.pt"), file.getvalue())
-    return model
+    return model, state["metrics"]
 
 
-@torch.no_grad()
-def watch(model, data, ix, args):
-    """Ratio of causal to other attention on the training examples ix, and accuracies."""
-    attn = read_out(model(data["train"].idx[ix])[1], args)
-    causal, other = attention_ratio(attn, adjacency_of(data["train"], ix))  # (R,) each
-    tests = {name[6:]: evaluate(model, data[name], args)[0] for name in data if "watch" in name}
-    ratio = {"ratio": (causal.sum() / other.sum()).item()} if len(causal) else {}
-    return {**ratio, **{name: mean(guess == right for guess, right in answers)
-                        for name, answers in tests.items()}}
+def checksum(data):
+    return zlib.crc32(data["train"].idx.cpu().numpy())
 
 
 def load_checkpoint(path, device):
-    """(model, tokenizer, args, state) of a file that `train` wrote; ValueError for any other."""
+    """(model, args, state) of a file that `train` wrote; ValueError for any other."""
     with open(path, "rb") as file:
         try:
             state = torch.load(file, map_location=device, weights_only=True)  # never runs code
             args = parse_args([*state["argv"], "--device", device])
             model = GPT(GPTConfig(*state["sizes"])).to(device)
             model.load_state_dict(state["model"])
-            tokenizer = tokenizer_from(state["tokenizer"])
-            state["optimizer"], state["data"], state["metrics"], state["seed"], state["run"]
-            assert 0 < state["steps_done"] <= args.steps and state["sizes"][0] == tokenizer.n_vocab
+            assert 0 < state["steps_done"] <= args.steps
+            assert {"run", "seed", "threads", "data", "metrics", "optimizer"} <= state.keys()
         except Exception as error:  # foreign, cut and changed files fail in many ways
             raise ValueError(f"{path}: no checkpoint of train.py ({type(error).__name__}): "
                              "give one of out/*.pt") from None
-    return model, tokenizer, args, state
+    return model, args, state
 
 
 def number(text):
     try:
-        return float(text) if math.isfinite(float(text)) else math.nan
+        return float(text)
     except ValueError:
         return math.nan
 
 
-def score(name, tests):
-    """A line of the table, {column: value}, of {split: pairs (guess, right)}: the share of right
-    guesses and, where answers are numbers, of those within 1, and the mean error of numbers."""
-    line = {"run": name}
-    for split, pairs in tests.items():
-        line[split] = mean(guess == right for guess, right in pairs)
-        errors = [abs(number(guess) - number(right)) for guess, right in pairs]
-        if known := [error for error in errors if not math.isnan(error)]:
-            line |= {f"{split} +-1": mean(e <= 1 for e in errors), f"{split} error": mean(known)}
-    return line
+def score(split, answers):
+    """{column: value} of pairs (guess, right): the share of right guesses, that of the most
+    frequent answer and, where answers are numbers, the share within 1 and the mean error."""
+    often = Counter(right for _, right in answers).most_common(1)[0][1] / len(answers)
+    scores = {split: mean(guess == right for guess, right in answers), f"{split} constant": often}
+    errors = [abs(number(guess) - number(right)) for guess, right in answers]
+    if known := [error for error in errors if error < math.inf]:  # not NaN
+        scores |= {f"{split} +-1": mean(e <= 1 for e in errors), f"{split} error": mean(known)}
+    return scores
 
 
-def test(name, model, data, args):
-    """A run's line of the table, the one of always giving the most frequent answer, and the answers
-    and looks of the last split. `changed`: share of OOD answers that change when spurious numbers
-    are drawn anew, 0 when none is read. Roles: shares of the attention that the answer pays."""
-    tests, constant = {}, {}
+def test(model, data, args):
+    """A run's scores, and the answers and looks of the last split. `changed`: share of OOD answers
+    that change when spurious numbers are drawn anew, 0 when none is read. Roles: shares of the
+    attention that the answer pays."""
+    scores = {}
     for split in (split for split in ("iid", "ood") if split in data):
         answers, look = evaluate(model, data[split], args)
-        often = Counter(right for _, right in answers).most_common(1)[0][0]
-        tests[split], constant[split] = answers, [(often, right) for _, right in answers]
-    line, role = score(name, tests), data[split].role.cpu()  # (N, T)
+        scores |= score(split, answers)
     if "redrawn" in data:
         redrawn, _ = evaluate(model, data["redrawn"], args)
-        line["changed"] = mean(a != b for (a, _), (b, _) in zip(answers, redrawn))
-    line |= {name: (look * (role == i)).sum(dim=1).mean().item() for i, name in enumerate(ROLES)
-             if role.any() and (role == i).any()}  # a test file without labels has no roles
-    return line, score("most frequent answer", constant), (answers, look)
+        scores["changed"] = mean(a != b for (a, _), (b, _) in zip(answers, redrawn))
+    role = data[split].role.cpu()  # (N, T); a test file without labels has none
+    for i, name in enumerate(ROLES):
+        if role.any() and (role == i).any():
+            scores[name] = (look * (role == i)).sum(dim=1).mean().item()
+    return scores, (answers, look)
 
 
-def print_table(lines):
-    columns = dict.fromkeys(column for line in lines for column in line)
-    for line in [dict(zip(columns, columns)), *lines]:
-        for column in columns:
-            cell, width = line.get(column, ""), 22 if column == "run" else max(8, len(column) + 2)
-            print(f"{cell:<{width}.3f}" if type(cell) is float else f"{cell:{width}}", end="")
-        print()
+def print_table(results):
+    """Prints results, {column: value}, and those of several seeds of a run as one."""
+    columns, rows = dict.fromkeys(c for result in results for c in result), []
+    for run in dict.fromkeys(result["run"] for result in results):
+        of_run = [result for result in results if result["run"] == run]
+        values = {c: [result[c] for result in of_run if c in result] for c in columns}
+        rows += of_run + [{"run": run, "seed": name} | {
+            c: f(x) for c, x in values.items() if c not in ("run", "seed") and len(x) == len(of_run)
+        } for name, f in (("mean", mean), ("stdev", stdev), ("lowest", min)) if len(of_run) > 1]
+    for row in [dict(zip(columns, columns)), *rows]:
+        cells = [(row.get(c, ""), max(8, len(c) + 2)) for c in columns]
+        print("".join(f"{x:<{w}.3f}" if type(x) is float else f"{x:<{w}}" for x, w in cells))
 
 
-def ask_model(model, tokenizer, args, state, text):
+def ask_model(model, data, args, text):
     """Prints a question, the attention of its answer on a token where it is 5% or more, and the
-    answer. What all training inputs begin and end with need not be typed."""
-    before, after = state["question"]
+    answer. What all inputs of the training data begin and end with need not be typed."""
+    before, after = data.question
     text = before + text.removeprefix(before).rstrip().removesuffix(after.rstrip()) + after
-    tokens = tokenizer.encode_ordinary(text)
+    tokens = data.tokenizer.encode_ordinary(text)
     if not tokens:
         raise ValueError("--ask is empty: give a question")
     idx = torch.tensor([tokens], device=args.device)
-    with torch.no_grad():
-        look = read_out(model(idx)[1], args)[0, -1]  # (T,)
-    for piece, positions in character_tokens(tokenizer, tokens):
+    new = model.generate(idx, 64, data.tokenizer.encode_single_token(END))
+    look = read_out(model(idx)[1], args)[0, -1]  # (T,)
+    for piece, positions in character_tokens(data.tokenizer, tokens):
         share = look[positions].sum().item()
         print(piece + f"[{share:.0%}]" * (share >= 0.05), end="")
-    answer = tokenizer.decode(model.generate(idx, 64, tokenizer.encode_single_token(END)))
-    print(f"\n{answer}" + " (no training target)" * (answer not in state["answers"]))
-
-
-def tag(name, text="", **attributes):
-    """An SVG element."""
-    pairs = " ".join(f'{key.replace("_", "-")}="{value}"' for key, value in attributes.items())
-    text = "".join(c if c.isprintable() else " " for c in text)  # XML holds no control characters
-    return f"<{name} {pairs}>{html.escape(text)}</{name}>\n"
+    answer = data.tokenizer.decode(new)
+    print(f"\n{answer}" + " (no training target)" * (answer not in data.answers))
 
 
 def svg(height, parts):
     return ('<svg xmlns="http://www.w3.org/2000/svg" xml:space="preserve" font-family="monospace" '
-            f'font-size="13" viewBox="0 0 800 {height}">' + tag("rect", width=800, height=height,
-            rx=8, fill="#fff") + "".join(parts) + "</svg>\n").encode()
+            f'font-size="13" viewBox="0 0 800 {height}"><rect width="800" height="{height}" '
+            f'fill="#fff"/>\n{"".join(parts)}</svg>\n').encode()
+
+
+def words(x, y, text, style=""):
+    text = html.escape("".join(c if c.isprintable() else " " for c in text))
+    return f'<text x="{x}" y="{y:.0f}" {style}>{text}</text>\n'
 
 
 def attention_svg(tests, data):
@@ -346,98 +341,83 @@ def attention_svg(tests, data):
     hits = zip(*([guess == right for guess, right in answers] for answers, _ in tests.values()))
     n = next((n for n, hit in enumerate(hits) if hit[-1] and not hit[0]), 0)
     tokens, y = data.idx[n, :data.answer[n].int().argmax() + 1].tolist(), 16
-    parts = [tag("text", "shade: attention paid by the answer; bold: causes; italic: spurious",
-                 x=20, y=28)]
+    parts = [words(20, 28, "shade: attention paid by the answer; bold: causes; italic: spurious")]
     for name, (answers, look) in tests.items():
         x, y = 20, y + 60
-        parts.append(tag("text", "{}: {}, right is {}".format(name, *answers[n]), x=x, y=y - 26))
+        parts.append(words(20, y - 26, "{}: {}, right is {}".format(name, *answers[n])))
         for piece, positions in character_tokens(data.tokenizer, tokens):
-            width, shade = 8 * len(piece), min(1.0, 3 * look[n, positions].sum().item())
+            width, share = 8 * len(piece), look[n, positions].sum().item()
             if x + width > 780:
                 x, y = 20, y + 26
-            style = {1: {"font_weight": "bold"}, 2: {"font_style": "italic"}}
-            parts += [tag("rect", x=x, y=y - 14, width=width, height=19, fill=COLORS["cat"],
-                          fill_opacity=f"{shade:.2f}"),  # full at a third of the attention
-                      tag("text", piece, x=x, y=y, textLength=width, fill="#fff" if shade > 0.5
-                          else "#000", **style.get(data.role[n, positions[0]].item(), {}))]
+            style = ("", 'font-weight="bold"', 'font-style="italic"')[data.role[n, positions[0]]]
+            parts += [f'<rect x="{x}" y="{y - 14}" width="{width}" height="19" fill="#ffa600" '
+                      f'fill-opacity="{min(1, 3 * share):.2f}"/>', words(x, y, piece, style)]
             x += width
     return svg(y + 24, parts)
 
 
 def curves_svg(metrics):
     """Accuracy on what is watched while training, mean over seeds: OOD solid, the others dashed."""
-    last = max(line["step"] for line in metrics)
-    parts = [tag("text", "accuracy", x=10, y=20), tag("text", f"step {last}", x=580, y=345)]
-    for tick in range(6):
-        parts += [tag("text", f"{tick / 5:.1f}", x=10, y=324 - 58 * tick),
-                  tag("path", d=f"M40 {320 - 58 * tick}h600", stroke="#ccc")]
-    ends, curves = [], {}  # (run, split): {step: accuracies of the seeds}
+    last, curves = metrics[-1]["step"], {}  # {(run, split): {step: accuracies of the seeds}}
     for line in metrics:
         for split in {"iid", "ood", "train"} & set(line):
             curve = curves.setdefault((line["run"], split), {})
             curve.setdefault(line["step"], []).append(line[split])
-    for (run, split), curve in curves.items():
-        points = [(40 + 600 * step / last, 320 - 290 * mean(curve[step])) for step in curve]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        parts.append(tag("polyline", points=path, fill="none", stroke=COLORS[run], stroke_width=2,
-                         stroke_dasharray="none" if split == "ood" else "6 4"))
-        ends.append((points[-1][1], f"{run} {split} {mean(curve[last]):.2f}", COLORS[run]))
-    y = 0
-    for end, label, color in sorted(ends):
-        y = max(end + 4, y + 15)  # beside its line, but not on another
-        parts.append(tag("text", label, x=646, y=f"{y:.1f}", fill=color))
-    return svg(360, parts)
+    parts = [words(0, 324 - 60 * i, f"{i / 5:.1f}") for i in range(6)]
+    parts.append(words(540, 340, f"step {last}"))
+    for i, ((run, split), curve) in enumerate(sorted(curves.items())):
+        points = " ".join(f"{30 + 570 * step / last:.0f},{320 - 300 * mean(curve[step]):.0f}"
+                          for step in curve)
+        color = {"no-cat": "#d55e00", "cat": "#0072b2"}[run]
+        dash = "none" if split == "ood" else "6 4"
+        parts += [f'<polyline points="{points}" fill="none" stroke="{color}" '
+                  f'stroke-dasharray="{dash}"/>', words(
+                  620, 24 + 20 * i, f"{run} {split} {mean(curve[last]):.2f}", f'fill="{color}"')]
+    return svg(350, parts)
 
 
 def run_all(args):
     """All seeds, without and with CAT, the table and the pictures."""
-    runs = ["no-cat"] * (not args.cat) + ["cat"] * (not args.no_cat)
-    out, mine = Path(args.out), [f"{run}-{seed}.pt" for run in runs for seed in args.seed]
+    out, results, metrics, pictured = Path(args.out), [], [], {}
+    mine = [f"{run}-{seed}.pt" for run in args.runs for seed in args.seed]
     for path in out.glob("*.pt"):
         if path.name not in mine:
             raise ValueError(f"{path} is of another command: give another --out, or remove it")
-    lines, metrics, pictured = {run: [] for run in [*runs, "most frequent answer"]}, [], {}
     for seed in args.seed:
         data = load_data(args, seed)
-        if "cat" in runs and not len(data["train"].edges):
-            raise ValueError(f'{args.train}: no edges: add "important", or pass --no-cat')
+        if "cat" in args.runs and not len(data["train"].edges):
+            raise ValueError(f'{args.train}: no edges: add "important", or give --runs no-cat')
         if seed == args.seed[0]:
             out.mkdir(parents=True, exist_ok=True)
             for name in [*mine, "metrics.jsonl", "attention.svg", "curves.svg"]:
                 if not args.resume:  # so that two runs never mix
                     (out / name).unlink(missing_ok=True)
-        for run in runs:
-            model = train(args, seed, run, data, metrics)
-            line, constant, looks = test(f"{run}, seed {seed}", model, data, args)
-            lines[run].append(line)
-            if run == runs[0]:  # it is of the test sets, the same for both runs
-                lines["most frequent answer"].append(constant)
+        for run in args.runs:
+            model, lines = train(args, seed, run, data, metrics)
+            metrics += lines
+            scores, looks = test(model, data, args)
+            results.append({"run": run, "seed": seed, **scores})
             pictured.setdefault(run, looks)
         if seed == args.seed[0]:
             save(out / "attention.svg", attention_svg(pictured, data.get("ood", data["iid"])))
     save(out / "curves.svg", curves_svg(list(map(json.loads, metrics))))
-    for run, of_run in lines.items() if len(args.seed) > 1 else ():
-        columns = [c for c in of_run[0] if c != "run" and all(c in line for line in of_run)]
-        for name, f in (("mean", mean), ("deviation", stdev), ("lowest", min)):
-            chosen = columns if name != "lowest" else [c for c in columns if c in ("iid", "ood")]
-            lines[run] = lines[run] + [{"run": f"{run}, {name}", **{
-                column: f([line[column] for line in of_run]) for column in chosen}}]
-    print_table(sum(lines.values(), []))
+    print_table(results)
 
 
 def main(argv=None):
     try:
         args = parse_args(argv)
         torch.set_num_threads(args.threads)
-        if not args.eval:
+        if not args.eval and not args.ask:
             return run_all(args)
-        model, tokenizer, saved, state = load_checkpoint(args.eval, args.device)
-        if args.ask is not None:
-            return ask_model(model, tokenizer, saved, state, args.ask)
+        path = args.eval or args.ask[0]
+        model, saved, state = load_checkpoint(path, args.device)
         data = load_data(saved, state["seed"])
-        if zlib.crc32(data["train"].idx.cpu().numpy()) != state["data"]:
-            raise ValueError(f"{args.eval}: its training data have changed: bring them back")
-        print_table(test(f"{state['run']}, seed {state['seed']}", model, data, saved)[:2])
+        if checksum(data) != state["data"]:
+            raise ValueError(f"{path}: its training data have changed: bring them back")
+        if args.ask:
+            return ask_model(model, data["train"], saved, args.ask[1])
+        print_table([{"run": state["run"], "seed": state["seed"], **test(model, data, saved)[0]}])
     except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
