@@ -148,7 +148,7 @@ def evaluate(model, data, args):
     the right ones before it, so that they are equal just when the greedy answer is right; and
     (N, T), the attention of the query that predicts the answer."""
     answers, look = [], []
-    for ix in torch.arange(len(data.idx)).split(max(1, 2 ** 18 // data.idx.shape[1] ** 2)):
+    for ix in torch.arange(len(data.idx)).split(64):
         logits, attentions = model(data.idx[ix])
         for guess, right, at in zip(logits.argmax(dim=-1), data.targets[ix], data.answer[ix]):
             answers.append([data.tokenizer.decode(ids[at].tolist()).removesuffix(END)
@@ -357,22 +357,19 @@ def attention_svg(tests, data):
 
 
 def curves_svg(metrics):
-    """Accuracy on what is watched while training, mean over seeds: OOD solid, the others dashed."""
-    last, curves = metrics[-1]["step"], {}  # {(run, split): {step: accuracies of the seeds}}
+    """Accuracy on what is watched while training, a curve a seed: OOD solid, the others dashed."""
+    last, curves = metrics[-1]["step"], {}
     for line in metrics:
         for split in {"iid", "ood", "train"} & set(line):
-            curve = curves.setdefault((line["run"], split), {})
-            curve.setdefault(line["step"], []).append(line[split])
+            point = f"{30 + 570 * line['step'] / last:.0f},{320 - 300 * line[split]:.0f}"
+            curves.setdefault((line["run"], line["seed"], split), []).append(point)
     parts = [words(0, 324 - 60 * i, f"{i / 5:.1f}") for i in range(6)]
     parts.append(words(540, 340, f"step {last}"))
-    for i, ((run, split), curve) in enumerate(sorted(curves.items())):
-        points = " ".join(f"{30 + 570 * step / last:.0f},{320 - 300 * mean(curve[step]):.0f}"
-                          for step in curve)
-        color = {"no-cat": "#d55e00", "cat": "#0072b2"}[run]
-        dash = "none" if split == "ood" else "6 4"
-        parts += [f'<polyline points="{points}" fill="none" stroke="{color}" '
-                  f'stroke-dasharray="{dash}"/>', words(
-                  620, 24 + 20 * i, f"{run} {split} {mean(curve[last]):.2f}", f'fill="{color}"')]
+    for (run, _, split), points in curves.items():
+        color, y = ("#0072b2", 24) if run == "cat" else ("#d55e00", 64)
+        dash, y = ("none", y) if split == "ood" else ("6 4", y + 20)
+        parts += [f'<polyline points="{" ".join(points)}" fill="none" stroke="{color}" '
+                  f'stroke-dasharray="{dash}"/>', words(620, y, f"{run} {split}", f'fill="{color}"')]
     return svg(350, parts)
 
 
