@@ -5,8 +5,17 @@ import math
 
 import torch
 
-EPS = 1e-8  # added to attention before it divides or enters a logarithm: a 0 stays finite
-FORMS = ("hinge", "log", "each", "uniform", "div", "div2", "nll")
+EPS = 1e-8  # added before attention divides or enters a logarithm: 0 stays finite
+FORMS = {  # the penalties of `re_attention_loss`
+    "hinge": lambda c, o, n, alpha: alpha - c / o,
+    "log": lambda c, o, n, alpha: math.log(alpha) - c.log() + o.log(),
+    "each": lambda c, o, n, alpha: math.log(alpha) - c.log() + o.log(),
+    "uniform": lambda c, o, n, _: -(n * c).log(),
+    "div": lambda c, o, *_: -c.log1p() / o.log1p(),
+    "div2": lambda c, o, *_: -(c / (1 + o)).log1p(),
+    "nll": lambda c, o, *_: -c / (c + o),
+}
+KEY_BY_KEY = ("each", "uniform")  # c is each causal key's own, not their mean
 
 
 def average_attention(attentions):
@@ -20,7 +29,7 @@ def average_attention(attentions):
     for attn in attentions:
         if attn.shape != (B, attn.shape[1], T, T):
             raise ValueError(f"attn {tuple(attn.shape)}: must be (B, H, T, T), B and T equal")
-    # sum / H, not mean: its backward divides a (B, T, T), not the map
+    # sum / H, not mean: backward then divides a (B, T, T)
     return sum(widen(a).sum(dim=1) / (a.shape[1] * len(attentions)) for a in attentions)
 
 
@@ -36,7 +45,7 @@ def supervised_queries(adjacency, mask=None):
         raise ValueError(f"adjacency {tuple(adjacency.shape)}: must be (B, T, T)")
     if mask is not None and mask.shape not in ((B, T), (B, T, T)):
         raise ValueError(f"mask {tuple(mask.shape)}: must be (B, T) or (B, T, T), B={B}, T={T}")
-    # mostly few queries have edges: carrying only these on makes the loss cheap
+    # few queries have edges: carrying only these on makes the loss cheap
     b, i = adjacency.bool().sum(dim=-1).nonzero(as_tuple=True)
     edges = adjacency[b, i]  # (R, T)
     for name, given in (("adjacency", edges), ("mask", mask)):
@@ -88,26 +97,15 @@ def re_attention_loss(attn, adjacency, alpha=None, form="hinge", mask=None, redu
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction is {reduction!r}: choose mean or none")
     attn, causal_keys, other_keys = supervised_attention(attn, adjacency, mask)
-    o = mean_over(other_keys, attn) + EPS  # (R,)
-    if form in ("each", "uniform"):  # key by key, (R, T) and (R, 1); 1 is as good as any elsewhere
-        c, o = torch.where(causal_keys, attn + EPS, 1.0), o[:, None]
+    o, n = mean_over(other_keys, attn) + EPS, causal_keys.sum(dim=-1)  # (R,) each
+    if form in KEY_BY_KEY:  # (R, T), then (R, 1); elsewhere 1 will do
+        c, o, n = torch.where(causal_keys, attn + EPS, 1.0), o[:, None], n[:, None]
     else:
         c = mean_over(causal_keys, attn) + EPS  # (R,)
-    if form == "hinge":
-        penalty = alpha - c / o
-    elif form in ("log", "each"):
-        penalty = math.log(alpha) - c.log() + o.log()
-    elif form == "uniform":
-        penalty = -(causal_keys.sum(dim=-1, keepdim=True) * c).log()
-    elif form == "div":
-        penalty = -c.log1p() / o.log1p()
-    elif form == "div2":
-        penalty = -(c / (1 + o)).log1p()
-    elif form == "nll":
-        penalty = -c / (c + o)
+    penalty = FORMS[form](c, o, n, alpha)
     if form != "uniform":
         penalty = torch.where(c >= alpha * o, 0.0, penalty)  # NaN is not >=, so it stays
-    if penalty.dim() == 2:
+    if form in KEY_BY_KEY:
         penalty = mean_over(causal_keys, penalty)
     return penalty if reduction == "none" else penalty.sum() / max(len(penalty), 1)
 
