@@ -1,5 +1,5 @@
-"""Data: the Spurious Token Game, phrases to token adjacency, JSON Lines, tokenizer and batches;
-last, to be skipped at first, labels by an assistant and the sub-commands."""
+"""Data: the Spurious Token Game; phrases to token adjacency; JSON Lines, tokenizer and batches.
+Last, to be skipped at first: labels by an assistant, and the sub-commands."""
 import argparse
 import json
 import math
@@ -9,18 +9,15 @@ import re
 import shlex
 import shutil
 import subprocess
-import threading
-import unicodedata
-from array import array
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import accumulate, islice, pairwise, product
+from itertools import groupby, islice, pairwise, product
+from unicodedata import normalize
 
-import numpy as np
 import tiktoken
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 ROLES = ("other", "causal", "spurious")  # a token's role is stored as its index here
@@ -58,12 +55,12 @@ class Game:
 
     def __post_init__(self):
         causes, lows = [f.name for f in self.causal], [low for low, _ in self.bands]
-        wrong = [f"{f.name} is {f.low} to {f.high}: lower first"
-                 for f in self.causal + self.spurious + self.irrelevant if f.low > f.high]
-        wrong += [f"{f.name} copies {f.copies!r}: give one of {', '.join(causes)}"
-                  for f in self.spurious if f.copies not in causes]
+        wrong = [f"{f.name} copies {f.copies!r}: give one of {', '.join(causes)}"
+                 for f in self.spurious if f.copies not in causes]
+        wrong += [f"{f.name} is {f.low} to {f.high}: give the lower first"
+                  for f in self.causal + self.spurious + self.irrelevant if f.low > f.high]
         if self.question.count("{features}") != 1:
-            wrong.append("write {features} once in the question")
+            wrong.append("question: write {features} in it, once")
         if not self.scale and lows != sorted({*lows, -math.inf}, reverse=True):
             wrong.append(f"bands from {lows}: give the highest first and -math.inf last")
         if wrong:
@@ -128,165 +125,146 @@ class Example:
 
 
 def draw(feature, rng):
-    if feature.noise or feature.decimals:
-        return rng.uniform(feature.low, feature.high)
-    return rng.randint(feature.low, feature.high)
+    whole = not feature.noise and not feature.decimals
+    return (rng.randint if whole else rng.uniform)(feature.low, feature.high)
 
 
 def generate(game, n, ood=False, seed=0, exclude=()):
-    """n Examples of a game, no two with the same numbers; the same arguments give the same ones.
+    """n Examples of a game, no two with the same numbers, nor with those of the Examples `exclude`.
 
-    ood: the spurious features are drawn on their own instead of copying. exclude: Examples whose
-    numbers must not come up again. ValueError for n < 1 or more than the game has."""
-    if n < 1:
-        raise ValueError(f"rows is {n}: give at least 1")
+    ood: the spurious features are drawn on their own instead of copying. The same arguments give
+    the same examples. ValueError for n < 1 or more than the game has."""
     rng, examples = random.Random(f"{game.name} {ood} {seed}"), []
-    begin, end = map(len, game.question.split("{features}"))
-    key = lambda e: tuple(sorted(re.split("[.,;] ", e.input[begin:len(e.input) - end])))
-    seen = {key(example) for example in exclude}
+    before, after = game.question.split("{features}")
+
+    def numbers(example):  # in whatever order
+        return frozenset(re.split("[.,;] ", example.input[len(before):-len(after)]))
+
+    seen = {numbers(example) for example in exclude}
     for _ in range(1000 + 100 * n):
-        value = {f: draw(f, rng) + rng.gauss(0, f.noise) for f in game.causal + game.irrelevant}
-        causes = {f.name: value[f] for f in game.causal}
+        value = {f.name: draw(f, rng) + rng.gauss(0, f.noise) for f in game.causal + game.irrelevant}
         for f in game.spurious:
-            copy = f.ratio * causes[f.copies]
-            value[f] = (draw(f, rng) if ood else copy + rng.gauss(0, f.noise) if f.noise
-                        else math.floor(copy))
-        answer = game.answer(sum(f.weight * value[f] for f in game.causal))
-        groups = [[f"{f.name}: {value[f]:.{f.decimals}f}{f.unit}" for f in group]
-                  for group in (game.causal, game.spurious, game.irrelevant)]
-        phrases = sum(groups, [])
-        text = (", ".join(rng.sample(phrases, len(phrases))) if game.shuffle
-                else ". ".join("; ".join(group) for group in groups))
-        example = Example(game.question.replace("{features}", text), answer,
-                          ({answer: groups[0]},), tuple(groups[1]))
-        if key(example) not in seen:
-            seen.add(key(example))
+            copy = f.ratio * value[f.copies]
+            if ood:
+                value[f.name] = draw(f, rng)
+            else:
+                value[f.name] = copy + rng.gauss(0, f.noise) if f.noise else math.floor(copy)
+        answer = game.answer(sum(f.weight * value[f.name] for f in game.causal))
+        causal, spurious, irrelevant = groups = [
+            [f"{f.name}: {value[f.name]:.{f.decimals}f}{f.unit}" for f in group]
+            for group in (game.causal, game.spurious, game.irrelevant)]
+        text = ". ".join("; ".join(group) for group in groups)
+        if game.shuffle:
+            text = ", ".join(rng.sample(causal + spurious + irrelevant, len(value)))
+        example = Example(before + text + after, answer, ({answer: causal},), tuple(spurious))
+        if numbers(example) not in seen:
+            seen.add(numbers(example))
             examples.append(example)
             if len(examples) == n:
                 return examples
-    raise ValueError(f"{game.name} has too few different examples for {n}: ask for fewer")
+    raise ValueError(f"{n} examples of {game.name}: give at least 1, or fewer than it has")
 
 
 # One value each: 8, -6.9, .5, 1,000, 1/3, 7:50, 0-100, 2024-05-06, 1e-5. None: PM2.5, B12, F-16.
 NUMBER = re.compile(r"(?<!\w)(?<!\d[.,:/–-])(?<![^\W\d_]-)"  # not within a word or number
                     r"[-−]?\.?\d+(?:[.,:/–-]\d+)*(?:[eE][-+]?\d+)?")
-QUOTES = {quote: f"[{alike}]" for alike in ("'‘’‚′", '"“”„″') for quote in alike}
+QUOTES = str.maketrans("‘’‚′“”„″", "''''" + '""""')
 MANY = 100  # a phrase that stands at more places says nothing about any of them
-
-
-def numbers_in(text, span):
-    """The spans of the numbers in a span of text."""
-    return [number.span() for number in NUMBER.finditer(text, *span)]
 
 
 @lru_cache(maxsize=10_000)
 def phrase_pattern(phrase, whole, flags):
-    """A phrase in any white space, quotes and composition of accents; whole: with no end inside a
-    word or number ("he" in "the", "5" in "2.5")."""
-    def alike(c):
-        apart = unicodedata.normalize("NFD", c)
-        return QUOTES.get(c) or (re.escape(c) if c == apart else f"(?:{c}|{apart})")
-
-    words = unicodedata.normalize("NFC", phrase).split()
-    pattern = r"\s+".join("".join(map(alike, word)) for word in words)
-    if whole and re.match(r"[-−.]?\w", words[0]):
-        pattern = r"(?<!\w)" + r"(?<!\d[.,:/–-])(?<!\W[-−.])" * words[0][0].isdigit() + pattern
-    if whole and re.search(r"\w$", words[-1]):
-        pattern += r"(?!\w)" + r"(?![.,:/–-]\d)" * words[-1][-1].isdigit()
+    """A phrase in any white space; whole: with no end inside a word or number ("he" in "the", "5"
+    in "2.5")."""
+    pattern = r"\s+".join(map(re.escape, phrase.split()))
+    if whole and re.match(r"[-−.]?\w", phrase):
+        number = r"(?<!\d[.,:/–-])(?<!\W[-−.])" if phrase[0].isdigit() else ""
+        pattern = r"(?<!\w)" + number + pattern
+    if whole and re.search(r"\w$", phrase):
+        pattern += r"(?!\w)" + (r"(?![.,:/–-]\d)" if phrase[-1].isdigit() else "")
     return re.compile(pattern, flags)
 
 
-def find(text, phrase, starts, notes):
+def find(text, phrase, notes, starts=(0,)):
     """The spans of a phrase from the first of the starts where it stands: whole, as written or in
-    any case; else inside words. Notes phrases "inside words" and "not found"."""
-    tries = product((True, False), starts, (0, re.I)) if phrase.strip() else ()
-    for whole, start, flags in tries:
+    any case; else inside words. Quotes of any shape are alike. A phrase "inside words" or "not
+    found" is added to the notes."""
+    text, phrase = text.translate(QUOTES), normalize("NFC", phrase).translate(QUOTES).strip()
+    for whole, start, flags in product((True, False), starts, (0, re.I)) if phrase else ():
         found = phrase_pattern(phrase, whole, flags).finditer(text[start:])
         spans = [(start + m.start(), start + m.end()) for m in islice(found, MANY + 1)]
         if 0 < len(spans) <= MANY:
-            notes["inside words"] += [] if whole else [phrase]
+            notes += [] if whole else [("inside words", phrase)]
             return spans
-    notes["not found"].append(phrase)
+    notes.append(("not found", phrase))
     return []
 
 
 def phrases_to_edges(example):
-    """The phrases of an Example as (edges, roles, notes), in spans (start, end) of input + target:
-    the paper's causal supervision signals.
+    """The phrases of an Example, the paper's causal supervision signals, as spans (start, end) of
+    input + target: (edges, causal, spurious, notes).
 
-    edges: [(effect span, cause span)]: who predicts the effect should look at the cause. An effect
-    is looked for in the target, then everywhere; a cause ends before its effect starts. roles:
-    (spans of causes of the answer, spans of spurious phrases). notes: {what: [phrases]}, those
-    "not found", "inside words" or "late", never before an effect."""
+    edges: [(effect, cause)]: who predicts the effect should look at the cause. An effect is looked
+    for in the target, then everywhere; a cause ends before its effect starts. causal: the causes of
+    the answer. spurious: the spurious phrases. notes: [(what, phrase)] of phrases "not found",
+    "inside words" or "late", never before an effect."""
     text, n = example.input + example.target, len(example.input)
-    edges, notes = {}, defaultdict(list)
+    edges, notes = [], []
     for effect, causes in (pair for group in example.important for pair in group.items()):
-        effects = find(text, effect, (n, 0), notes)
+        effects = find(text, effect, notes, (n, 0))
         for cause in causes if effects else ():
-            spans = find(text, cause, (0,), notes)
+            spans = find(text, cause, notes)
             pairs = [(e, c) for e in effects for c in spans if c[1] <= e[0]]
-            edges.update(dict.fromkeys(pairs))
-            notes["late"] += [cause] if spans and not pairs else []
-    spurious = [span for phrase in example.spurious for span in find(text[:n], phrase, (0,), notes)]
-    return list(edges), ([cause for effect, cause in edges if effect[1] > n], spurious), notes
+            edges += pairs
+            notes += [("late", cause)] if spans and not pairs else []
+    edges = list(dict.fromkeys(edges))
+    spurious = [span for phrase in example.spurious for span in find(text[:n], phrase, notes)]
+    return edges, [cause for effect, cause in edges if effect[1] > n], spurious, notes
 
 
-def as_list(value):
-    return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def merge(pairs):
-    """A JSON object whose equal keys add up, where json would keep the last one."""
-    merged = {}
+def as_lists(pairs):
+    """A JSON object with a list under each key: values of equal keys add up, where json would keep
+    the last one."""
+    fields = {}
     for key, value in pairs:
-        merged[key] = as_list(merged[key]) + as_list(value) if key in merged else value
-    return merged
+        fields.setdefault(key, []).extend(value if isinstance(value, list) else [value])
+    return fields
 
 
 def parse_example(line, source=""):
-    """A line of JSON as an Example. ValueError says what is wrong and what to do."""
+    """A line of JSON as an Example. ValueError says what it should be."""
     try:
-        fields = json.loads(line, object_pairs_hook=merge)
-        input, target = fields["input"], fields["target"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise ValueError('no JSON object: write {"input": ..., "target": ...} on a line') from None
-    target = str(target) if type(target) in (int, float) else target
-    for key, text in ("input", input), ("target", target):
-        if not isinstance(text, str) or not text.strip() or re.search("[\ud800-\udfff]", text):
-            raise ValueError(f'"{key}" is {text!r:.40}: give a text')
-    try:
-        important = tuple({effect: as_list(causes) for effect, causes in group.items()}
-                          for group in as_list(fields.get("important") or []))
-        spurious = tuple(as_list(fields.get("spurious") or []))
-        "".join(sum((causes for group in important for causes in group.values()), [*spurious]))
-    except (AttributeError, TypeError):
-        raise ValueError('"important" or "spurious" is wrong: give [{"effect": ["cause", ...]}, '
-                         '...] and ["phrase", ...]') from None
-    return Example(input, target, important, spurious, source)
+        fields = json.loads(line, object_pairs_hook=as_lists)
+        [input], [target] = fields["input"], fields["target"]
+        target = str(target) if type(target) in (int, float) else target
+        important, spurious = (tuple(fields.get(key, ())) for key in ("important", "spurious"))
+        causes = [cause for group in important for causes in group.values() for cause in causes]
+        "".join([input, target, *causes, *spurious]).encode()  # all are texts
+        if not input.strip() or not target.strip():
+            raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f'{source}: {line[:40]!r} is no example: write {{"input": "...", "target": '
+                         '"...", "important": [{"effect": ["cause", ...]}, ...]}') from None
+    return Example(normalize("NFC", input), normalize("NFC", target), important, spurious, source)
 
 
 def read(path):
     """A JSON Lines file as (Examples, summary), which counts the phrases that are of no use.
     ValueError for a bad line, as "file:line: what is wrong and what to do"; OSError."""
-    examples, counts, shown = [], Counter(), {}
     with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
-        for n, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                examples.append(parse_example(line, f"{path}:{n}"))
-            except ValueError as error:
-                raise ValueError(f"{path}:{n}: {error}") from None
-            edges, (causal, _), notes = phrases_to_edges(examples[-1])
-            counts.update({"edges": +bool(edges), "edges at the answer": +bool(causal)})
-            for what in filter(notes.get, notes):
-                counts[what] += len(notes[what])
-                shown.setdefault(what, f"phrases {what}, such as line {n}: {notes[what][0]!r}")
+        examples = [parse_example(line, f"{path}:{n}")
+                    for n, line in enumerate(file, 1) if line.strip()]
     if not examples:
         raise ValueError(f"{path}: no examples: give one JSON object on each line")
-    supervised = [f"{counts[what]} with {what}" for what in ("edges", "edges at the answer")]
-    return examples, "; ".join([f"{path}: {len(examples)} examples, {', '.join(supervised)}",
-                                *(f"{counts[what]} {text}" for what, text in shown.items())])
+    counts, useless = Counter(), defaultdict(list)
+    for example in examples:
+        edges, causal, _, notes = phrases_to_edges(example)
+        counts.update({"edges": bool(edges), "edges at the answer": bool(causal)})
+        for what, phrase in notes:
+            useless[what].append(f"{phrase!r} in {example.source}")
+    parts = [f"{path}: {len(examples)} examples", *(f"{n} with {what}" for what, n in counts.items()),
+             *(f"{len(found)} phrases {what}, such as {found[0]}" for what, found in useless.items())]
+    return examples, ", ".join(parts)
 
 
 def dump(example):
@@ -310,19 +288,24 @@ def fixed_question(examples):
     return re.sub(r"\w+$", "", begin), re.sub(r"^\w+", "", end)
 
 
-def substitute(text, changes):
-    """The text with other texts in places, {span: text}."""
-    for (start, end), new in sorted(changes.items(), reverse=True):
+def substitute(text, spans, texts):
+    """The text with other texts in the places of spans."""
+    for (start, end), new in sorted(zip(spans, texts), reverse=True):
         text = text[:start] + new + text[end:]
     return text
+
+
+def permute(text, spans, rng):
+    """The text with what stands in the spans in another order."""
+    return substitute(text, spans, rng.sample([text[a:b] for a, b in spans], len(spans)))
 
 
 def hold_out(examples, share, seed):
     """Splits examples into (train, iid, ood): a share of the different inputs, 0 to 1, is held out.
 
     ood: the held-out examples whose numbers that belong to no cause, nor to `fixed_question`,
-    changed places; the answer stays true, what went along with it does not. Those with a label that
-    was not found are left out. ValueError when nothing is left to train or test on."""
+    changed places; the answer stays true, what went along with it does not. None that lost a
+    phrase. ValueError when nothing is left to train or test on."""
     rng, inputs = random.Random(seed), sorted({example.input for example in examples})
     n = max(1, round(share * len(inputs))) if 0 < share < 1 else 0
     if not 0 < n < len(inputs):
@@ -331,28 +314,26 @@ def hold_out(examples, share, seed):
     train, iid = ([e for e in examples if (e.input in held_out) == held] for held in (False, True))
     before, after = map(len, fixed_question(examples))
     for example in iid:
-        edges, _, notes = phrases_to_edges(example)
-        free = [(start, end) for start, end in numbers_in(example.input, (0, len(example.input)))
-                if before <= start and end <= len(example.input) - after
-                and not any(a < end and start < b for _, (a, b) in edges)]
-        values = [example.input[slice(*span)] for span in free]
-        text = substitute(example.input, dict(zip(free, rng.sample(values, len(values)))))
-        if edges and not notes["not found"] and text != example.input:
+        edges, *_, notes = phrases_to_edges(example)
+        numbers = [number.span() for number in NUMBER.finditer(example.input)]
+        free = [(a, b) for a, b in numbers if before <= a and b <= len(example.input) - after
+                and not any(a < end and start < b for _, (start, end) in edges)]
+        text = permute(example.input, free, rng)
+        if edges and "not found" not in dict(notes) and text != example.input:
             ood.append(replace(example, input=text, spurious=()))
     return train, iid, ood
 
 
 def redraw_spurious(examples, seed):
-    """The same examples with each spurious phrase that of a random example, which differs from it
+    """The same examples, each spurious phrase replaced by one of any example that differs from it
     in numbers only ("Hormones: 4" is drawn from all "Hormones: N"); causes stay."""
     rng, pool, redrawn = random.Random(seed), defaultdict(list), []
     for phrase in (phrase for example in examples for phrase in example.spurious):
         pool[NUMBER.sub("N", phrase)].append(phrase)
     for example in examples:
         new = {phrase: rng.choice(pool[NUMBER.sub("N", phrase)]) for phrase in example.spurious}
-        changes = {span: new[phrase] for phrase in new
-                   for span in find(example.input, phrase, (0,), defaultdict(list))}
-        redrawn.append(replace(example, input=substitute(example.input, changes),
+        spans = {span: new[phrase] for phrase in new for span in find(example.input, phrase, [])}
+        redrawn.append(replace(example, input=substitute(example.input, spans, spans.values()),
                                spurious=tuple(new.values())))
     return redrawn
 
@@ -368,11 +349,9 @@ def reorder(example, rng):
     between = "".join(example.input[a.end():b.start()] for a, b in pairwise(items))
     if len({item[1] for item in items}) < len(items) or re.search(r"\w", between):
         return example
-    changes = {old.span(): new[0] for old, new in zip(items, rng.sample(items, len(items)))}
-    moved = replace(example, input=substitute(example.input, changes))
-    (edges, roles, _), (moved_edges, moved_roles, _) = map(phrases_to_edges, (example, moved))
-    same = [*map(len, (edges, *roles))] == [*map(len, (moved_edges, *moved_roles))]
-    return moved if same else example
+    moved = replace(example, input=permute(example.input, [item.span() for item in items], rng))
+    counts = ([len(part) for part in phrases_to_edges(e)[:3]] for e in (example, moved))
+    return moved if next(counts) == next(counts) else example
 
 
 # ": " is one token, so that a prompt that ends in a blank is cut where training cut it
@@ -399,22 +378,15 @@ def tokenizer_from(pieces):
 
 def character_offsets(tokenizer, tokens):
     """[(start, end)] of each token in characters; tokens of one character have the same place."""
-    pieces = tokenizer.decode_tokens_bytes(tokens)
-    bounds = list(accumulate(map(len, pieces), initial=0))
-    # the number of characters begun up to each byte: the later bytes of one are 10xxxxxx in UTF-8
-    begun = list(accumulate(byte & 0xC0 != 0x80 for byte in b"".join(pieces)))
-    return [(begun[start] - 1, begun[end - 1]) for start, end in pairwise(bounds)]
+    text, starts = tokenizer.decode_with_offsets(tokens)
+    return [(start, max(start + 1, end)) for start, end in pairwise([*starts, len(text)])]
 
 
 def character_tokens(tokenizer, tokens):
-    """Tokens as [(text, [positions])]; those that share a character are together."""
-    groups, text = [], tokenizer.decode(tokens)
-    for t, (start, end) in enumerate(character_offsets(tokenizer, tokens)):
-        if groups and start < groups[-1][1]:
-            groups[-1] = groups[-1][0], max(end, groups[-1][1]), groups[-1][2] + [t]
-        else:
-            groups.append((start, end, [t]))
-    return [(text[start:end], positions) for start, end, positions in groups]
+    """Tokens as [(text, [positions])]; the bytes of one character are together."""
+    text, offsets = tokenizer.decode(tokens), character_offsets(tokenizer, tokens)
+    return [(text[start:end], list(positions))
+            for (start, end), positions in groupby(range(len(tokens)), offsets.__getitem__)]
 
 
 def tokens_of(span, offsets):
@@ -436,19 +408,26 @@ def token_edges(edges, offsets):
     return sorted(pairs)
 
 
+def narrow(text, span, how="value"):
+    """The spans of the numbers in a span, "8" in "Smoking: 8"; itself without any, or as "span"."""
+    numbers = [number.span() for number in NUMBER.finditer(text, *span)]
+    return numbers if numbers and how != "span" else [span]
+
+
 def narrow_edges(text, edges, spurious, how, rng):
-    """Edges with their causes whole ("span"), as their numbers ("value": "Smoking: 8" to "8") or,
-    as controls, replaced by "spurious" numbers or as many "random" words."""
-    narrow = lambda span: how != "span" and numbers_in(text, span) or [span]
-    narrowed = [(effect, part) for effect, cause in edges for part in narrow(cause)]
+    """Edges to causes whole ("span") or their numbers ("value"); or, as controls, to the "spurious"
+    numbers or to as many "random" words instead."""
+    narrowed = [(effect, part) for effect, cause in edges for part in narrow(text, cause, how)]
     if how in ("value", "span"):
         return narrowed
     wrong = []
     for effect, n in Counter(effect for effect, _ in narrowed).items():
-        words = [word.span() for word in re.finditer(r"\w+", text[:effect[0]])]
-        numbers = [part for span in spurious for part in narrow(span)]
-        chosen = numbers if how == "spurious" else rng.sample(words, min(n, len(words)))
-        wrong += [(effect, part) for part in chosen]
+        if how == "spurious":
+            keys = [number for span in spurious for number in narrow(text, span)]
+        else:
+            words = [word.span() for word in re.finditer(r"\w+", text[:effect[0]])]
+            keys = rng.sample(words, min(n, len(words)))
+        wrong += [(effect, key) for key in keys]
     return wrong
 
 
@@ -472,66 +451,44 @@ class Dataset:
     targets: torch.Tensor  # (N, T) the token after each position, -100 where there is none
     answer: torch.Tensor  # (N, T) bool: positions that predict a token of the answer, END included
     role: torch.Tensor  # (N, T) index into ROLES
-    item: torch.Tensor  # (N, T) where the item of a cause or effect token starts; T or more: none
-    edges: torch.Tensor  # (E, 2) query and key of each edge, example after example
-    first_edge: torch.Tensor  # (N + 1,) where each example's edges start in `edges`
+    item: torch.Tensor  # (N, T) where the item of a cause or effect token starts; else its end
+    edges: torch.Tensor  # (N, E, 2) query and key of each edge, T where there is none
 
 
 def encode(examples, tokenizer, edges="value", device="cpu", seed=0):
     """Examples to a Dataset. edges: as `how` of `narrow_edges`; seed: of its "random"."""
-    rng, end, far = random.Random(seed), tokenizer.encode_single_token(END), 2 ** 30
-    ids, role, item, pairs = (array("i") for _ in range(4))  # flat: lists take ten times the memory
-    prompts, lengths, first_edge = [], [], [0]
+    rng, end, encoded = random.Random(seed), tokenizer.encode_single_token(END), []
     for example in examples:
         text, prompt = example.input + example.target, tokenizer.encode_ordinary(example.input)
         tokens = prompt + tokenizer.encode_ordinary(example.target)
-        offsets, n = character_offsets(tokenizer, tokens), len(ids)
-        ids.extend(tokens)
-        role.extend([0] * len(tokens))
-        item.extend([far] * len(tokens))
-        links, (causal, spurious), _ = phrases_to_edges(example)
-        for r, span in [(2, span) for span in spurious] + [(1, span) for span in causal]:
-            for part in edges != "span" and numbers_in(text, span) or [span]:
+        offsets, T = character_offsets(tokenizer, tokens), len(tokens)
+        answer, role, item = [t >= len(prompt) - 1 for t in range(T)], [0] * T, [T] * T
+        links, causal, spurious, _ = phrases_to_edges(example)
+        for r, spans in (2, spurious), (1, causal):  # what is called both is causal
+            for part in (part for span in spans for part in narrow(text, span, edges)):
                 for t in tokens_of(part, offsets):
-                    role[n + t] = r
+                    role[t] = r
         links = narrow_edges(text, links, spurious, edges, rng)
         for span in {span for link in links for span in link}:
             inside = tokens_of(item_of(text, span), offsets)
             for t in inside:
-                item[n + t] = min(item[n + t], inside[0])
-        for pair in token_edges(links, offsets):
-            pairs.extend(pair)
-        prompts.append(len(prompt))
-        lengths.append(len(tokens))
-        first_edge.append(len(pairs) // 2)
-    prompts, lengths = torch.tensor(prompts)[:, None], torch.tensor(lengths)[:, None]  # (N, 1) each
-    position = torch.arange(lengths.max() + 1)
-    held = position < lengths  # (N, T + 1)
-
-    def pad(flat, value):
-        padded = torch.full(held.shape, value)
-        padded[held] = torch.tensor(np.array(flat), dtype=torch.long)
-        return padded
-
-    idx = pad(ids, end)
-    targets = idx[:, 1:].masked_fill(~held[:, :-1], -100)
-    answer = held & (position >= prompts - 1)
-    tensors = (idx[:, :-1], targets, answer[:, :-1], pad(role, 0)[:, :-1], pad(item, far)[:, :-1],
-               torch.tensor(np.array(pairs).reshape(-1, 2)).long(), torch.tensor(first_edge))
-    return Dataset(tokenizer, fixed_question(examples), tuple(sorted({e.target for e in examples})),
-                   *(tensor.contiguous().to(device) for tensor in tensors))
+                item[t] = min(item[t], inside[0])
+        pairs = torch.tensor(token_edges(links, offsets), dtype=torch.long).view(-1, 2)
+        encoded.append((*map(torch.tensor, (tokens, tokens[1:] + [end], answer, role, item)), pairs))
+    columns, T = list(zip(*encoded)), max(len(tokens) for tokens, *_ in encoded)
+    tensors = [pad_sequence(column, batch_first=True, padding_value=value).to(device)
+               for column, value in zip(columns, (end, -100, False, 0, T, T))]
+    return Dataset(tokenizer, fixed_question(examples),
+                   tuple(sorted({example.target for example in examples})), *tensors)
 
 
 def adjacency_of(data, ix):
     """(B, T, T), bool, for the examples ix, (B,): [b, i, j] is an edge from query i to key j."""
-    counts = data.first_edge[ix + 1] - data.first_edge[ix]  # (B,)
-    b = torch.repeat_interleave(counts)  # (E,) which example of the batch each edge is of
-    within = torch.arange(len(b), device=b.device) - (counts.cumsum(0) - counts)[b]
-    query, key = data.edges[data.first_edge[ix][b] + within].unbind(-1)
-    T = data.idx.shape[1]
-    adjacency = torch.zeros(len(ix), T, T, dtype=torch.bool, device=b.device)
-    adjacency[b, query, key] = True
-    return adjacency
+    B, T = len(ix), data.idx.shape[1]
+    query, key = data.edges[ix].unbind(-1)  # (B, E) each
+    adjacency = torch.zeros(B, T + 1, T + 1, dtype=torch.bool, device=query.device)
+    adjacency[torch.arange(B)[:, None], query, key] = True
+    return adjacency[:, :T, :T]  # less the edges that fill up
 
 
 def inside_of(data, ix):
@@ -547,14 +504,14 @@ def show(examples, row=None):
     ValueError when no example is on that line."""
     drawn = [e for e in examples
              if (phrases_to_edges(e)[0] if row is None else e.source.endswith(f":{row}"))]
-    if row is not None and not drawn:
+    if row and not drawn:
         raise ValueError(f"--row is {row}: give the line of an example")
     example = (drawn or examples)[0]
     tokenizer = build_tokenizer(e.input + e.target for e in examples)
     data, token, keys = encode([example], tokenizer), {}, defaultdict(dict)
     for text, positions in character_tokens(tokenizer, data.idx[0].tolist()):
         token |= dict.fromkeys(positions, f"{text!r} at {positions[0]}")
-    for query, key in data.edges.tolist():
+    for query, key in data.edges[0].tolist():
         keys[f"{token[query]} predicts {token[query + 1]}"][token[key]] = True
     return "\n".join([example.input + example.target,
                       "each query, the token it predicts, the keys it should look at:",
@@ -571,29 +528,23 @@ line alone.
 
 
 def parse_reply(reply, example):
-    """The example with the labels that a reply ends in: its last JSON objects with no words between
-    them. ValueError for broken or cut JSON, thoughts without an end, over 20,000 characters, and no
-    edge at all."""
-    reply, values, end = reply.rpartition("</think>")[2], [], 0  # before that stands a draft
-    if len(reply) > 20_000:
-        raise ValueError(f"{len(reply)} characters")
-    decoder = json.JSONDecoder(object_pairs_hook=merge)
-    for start in (m.start() for m in re.finditer(r"""\{\s*["'“‘]|\[\s*\{|<think>""", reply)):
-        if start >= end:
-            try:
-                value, stop = decoder.raw_decode(reply, start)
-            except (ValueError, RecursionError):
-                raise ValueError(f"broken or cut at {reply[start:start + 40]!r}") from None
-            values = (values if not reply[end:start].strip(" \r\n\t,") else []) + as_list(value)
-            end = stop
+    """The example with the labels of a reply: JSON objects or a list of them, with words around but
+    not between. ValueError or RecursionError for anything else, such as broken or cut JSON, and
+    when no edge comes of it."""
+    start = re.search(r"\{|\[\s*\{", reply := reply.rpartition("</think>")[2])  # less a draft
+    rest, objects = reply[start.start():] if start else "", []
+    while rest.startswith(("{", "[")):
+        value, end = json.JSONDecoder(object_pairs_hook=as_lists).raw_decode(rest)
+        objects += value if isinstance(value, list) else [value]
+        rest = rest[end:].lstrip(", \r\n\t")
+    if "{" in rest or "<think>" in reply or len(reply) > 20_000:
+        raise ValueError("a draft, words between labels, or over 20,000 characters")
     important = []
-    for value in values:
-        if isinstance(value, dict) and value.keys() & {"input", "important"}:  # a line, or an echo?
-            mine = value.get("input", example.input) == example.input
-            value = value.get("important", []) if mine else []
-        important += as_list(value)
-    fields = {"input": example.input, "target": example.target, "important": important}
-    labelled = replace(example, important=parse_example(json.dumps(fields)).important)
+    for value in objects:  # {effect: [causes]}, {"important": ...} or a whole line
+        if value.get("input", [example.input]) != [example.input]:
+            raise ValueError("labels of another text")
+        important += value.get("important", [value])
+    labelled = parse_example(dump(replace(example, important=important)), example.source)
     if not phrases_to_edges(labelled)[0]:
         raise ValueError("no {effect: [causes]} of phrases in the text")
     return labelled
@@ -613,120 +564,102 @@ def answered(path):
     return {(e.input, e.target) for e in read(path)[0]} if os.path.getsize(path) else set()
 
 
-def annotate(questions, demos, assistant, out, jobs=4, time_limit=60):
+def annotate(questions, demos, assistant, out, time_limit=60):
     """Labels the examples of a file (the paper's first step: human examples, then an assistant).
 
     questions, demos, out: JSON Lines files; every demo has labels. assistant: a command that reads
-    a prompt and prints a reply in time_limit seconds, tried three times an example, `jobs` at once.
-    Each answer is a line of out when it comes, without labels when no reply is of use; what stands
-    in out is not asked again. ValueError or OSError for wrong arguments."""
-    command, (shown, _), (examples, summary) = shlex.split(assistant), read(demos), read(questions)
+    a prompt and prints a reply in time_limit seconds, tried three times an example. Each answer is
+    a line of out when it comes, without labels when no reply is of use; what stands in out is not
+    asked again. ValueError or OSError for wrong arguments."""
+    command, shown, (examples, summary) = shlex.split(assistant), read(demos)[0], read(questions)
     if not command or not shutil.which(command[0]):
         raise ValueError(f"--assistant is {assistant!r}: give a program and its flags")
-    if jobs < 1:
-        raise ValueError(f"--jobs is {jobs}: give at least 1")
-    if os.path.exists(out) and any(os.path.samefile(out, path) for path in (questions, demos)):
-        raise ValueError(f"--out is {out}: give a file of its own")
     for demo in shown:
         if not phrases_to_edges(demo)[0]:
             raise ValueError(f'{demo.source}: no usable "important": give phrases of the text')
-    prompt, done = INSTRUCTION + "".join(map(dump, shown)), answered(out)
-    lock, problems = threading.Lock(), []
-    todo = {(e.input, e.target): e for e in examples if (e.input, e.target) not in done}.values()
-
-    def label(example):
-        question, labelled = prompt + dump(Example(example.input, example.target)), None
+    prompt, done, problems = INSTRUCTION + "".join(map(dump, shown)), answered(out), []
+    print(summary)
+    for example in tqdm(examples, disable=None):
+        if (example.input, example.target) in done:
+            continue
+        done.add((example.input, example.target))
+        question = prompt + dump(Example(example.input, example.target))
         for _ in range(3):
             try:
-                reply = subprocess.run(command, input=question.encode(), stdout=subprocess.PIPE,
-                                       stderr=subprocess.DEVNULL, timeout=time_limit, check=True)
-                labelled = parse_reply(reply.stdout.decode(errors="replace"), example)
+                reply = subprocess.run(command, input=question, capture_output=True, check=True,
+                                       timeout=time_limit, encoding="utf-8", errors="replace")
+                labelled = parse_reply(reply.stdout, example)
                 break
-            except (ValueError, subprocess.SubprocessError) as error:
+            except (ValueError, RecursionError, subprocess.SubprocessError) as error:
                 problem = f"{example.source}: {error}"
         else:
             problems.append(problem)
-        with lock, open(out, "a", encoding="utf-8") as file:
-            file.write(dump(labelled or replace(example, important=())))
-
-    print(summary)
-    with ThreadPoolExecutor(jobs) as pool:
-        try:
-            for answer in tqdm(as_completed([pool.submit(label, example) for example in todo]),
-                               total=len(todo), disable=None):
-                answer.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # answers under way are still written
+            labelled = replace(example, important=())
+        with open(out, "a", encoding="utf-8") as file:
+            file.write(dump(labelled))
     print(f"{read(out)[1]}; {len(problems)} asked now have no usable reply", *problems[:1],
           sep=", such as ")
 
 
 def check(labelled, truth):
-    """How well labelled Examples have the edges of the true ones, as text; paired by input and
-    target. ValueError when no text is in both."""
+    """How well labelled Examples have the edges of the true ones with the same texts, and the three
+    worst, as text. ValueError when no text is in both."""
     gold = {(e.input, e.target): set(phrases_to_edges(e)[0]) for e in truth}
-    pairs = [(e, set(phrases_to_edges(e)[0]), gold[e.input, e.target])
-             for e in labelled if (e.input, e.target) in gold]
-    if not pairs:
-        raise ValueError(f"{labelled[0].source}: no text is in {truth[0].source}: "
-                         "give labels of the same texts")
-    tp = sum(len(predicted & true) for _, predicted, true in pairs)
-    n_predicted, n_true = (sum(len(pair[k]) for pair in pairs) for k in (1, 2))
-    lines = [f"{len(pairs)} examples compared, {len(labelled) - len(pairs)} have no true labels",
-             f"edges: precision {tp / max(n_predicted, 1):.3f}, recall {tp / max(n_true, 1):.3f}, "
-             f"F1 {2 * tp / max(n_predicted + n_true, 1):.3f}"]
-    for e, predicted, true in sorted(pairs, key=lambda pair: -len(pair[1] ^ pair[2]))[:3]:
-        missing, extra = ([(e.input + e.target)[slice(*cause)] for _, cause in sorted(edges)]
-                          for edges in (true - predicted, predicted - true))
-        lines += [f"{e.source}: missing {missing}, too many {extra}"] if missing or extra else []
+    compared, tp = [], 0  # (source, missing phrases, phrases too many)
+    for example in labelled:
+        text, key = example.input + example.target, (example.input, example.target)
+        if key in gold:
+            predicted = set(phrases_to_edges(example)[0])
+            tp += len(predicted & gold[key])
+            compared.append((example.source, *(
+                [text[start:end] for _, (start, end) in sorted(edges)]
+                for edges in (gold[key] - predicted, predicted - gold[key]))))
+    if not compared:
+        raise ValueError(f"{labelled[0].source}: not in {truth[0].source}: label the same texts")
+    fn, fp = (sum(len(phrases) for phrases in column) for column in list(zip(*compared))[1:])
+    lines = [f"{len(compared)} of {len(labelled)} examples compared: precision "
+             f"{tp / max(tp + fp, 1):.3f}, recall {tp / max(tp + fn, 1):.3f}, "
+             f"F1 {2 * tp / max(2 * tp + fp + fn, 1):.3f}"]
+    for source, missing, extra in sorted(compared, key=lambda c: -len(c[1]) - len(c[2]))[:3]:
+        lines.append(f"{source}: missing {missing}, too many {extra}")
     return "\n".join(lines)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="data.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    parser.error = error = lambda message: parser.exit(2, f"data.py: {message}\n")  # no usage
-
-    def command(name, help):
-        sub = commands.add_parser(name, help=help)
-        sub.error = error
-        return sub.add_argument
-
-    add = command("show", "what is understood of a JSON Lines file")
+    add = commands.add_parser("show", help="what is understood of a file").add_argument
     add("file")
     add("--row", type=int, help="line of the example to draw")
-    add = command("generate", "examples of a game")
+    add = commands.add_parser("generate", help="examples of a game").add_argument
     add("game", choices=GAMES)
     add("--rows", type=int, default=1600)
     add("--ood", action="store_true", help="spurious features stop copying")
     add("--seed", type=int, default=0)
     add("--out", required=True)
-    add = command("annotate", "labels by an assistant; the same command goes on")
+    add = commands.add_parser("annotate", help="labels by an assistant").add_argument
     add("questions")
     add("--demos", required=True, help="examples labelled by hand")
     add("--assistant", required=True, help="command that reads a prompt and prints a reply")
-    add("--out", required=True)
-    add("--jobs", type=int, default=4, help="examples to ask for at once")
+    add("--out", required=True, help="the same command goes on with it")
     add("--time-limit", type=float, default=60, help="seconds for a reply")
-    add = command("check", "compare labels with true ones")
+    add = commands.add_parser("check", help="compare labels with true ones").add_argument
     add("file")
     add("--against", required=True)
     args = parser.parse_args(argv)
     try:
-        if args.command == "annotate":
-            annotate(args.questions, args.demos, args.assistant, args.out, args.jobs,
-                     args.time_limit)
-        elif args.command == "generate":
+        if args.command == "generate":
             examples = generate(GAMES[args.game], args.rows, args.ood, args.seed)
             save(args.out, "".join(map(dump, examples)).encode())
-            print(show(examples))
+        elif args.command == "annotate":
+            annotate(args.questions, args.demos, args.assistant, args.out, args.time_limit)
         else:
             examples, summary = read(args.file)
             print(summary)
             print(show(examples, args.row) if args.command == "show"
                   else check(examples, read(args.against)[0]))
-    except (ValueError, OSError) as problem:
-        error(problem)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"data.py: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130, "data.py: interrupted: the same command goes on\n")
 

@@ -399,7 +399,7 @@ def run_all(args):
     lines, metrics, pictured = {run: [] for run in [*runs, "most frequent answer"]}, [], {}
     for seed in args.seed:
         data = load_data(args, seed)
-        if "cat" in runs and not len(data["train"].edges):
+        if "cat" in runs and not data["train"].edges.numel():
             raise ValueError(f'{args.train}: no edges: add "important", or pass --no-cat')
         if seed == args.seed[0]:
             out.mkdir(parents=True, exist_ok=True)
