@@ -55,16 +55,16 @@ class Game:
 
     def __post_init__(self):
         causes, lows = [f.name for f in self.causal], [low for low, _ in self.bands]
-        wrong = [f"{f.name} copies {f.copies!r}: give one of {', '.join(causes)}"
-                 for f in self.spurious if f.copies not in causes]
-        wrong += [f"{f.name} is {f.low} to {f.high}: give the lower first"
-                  for f in self.causal + self.spurious + self.irrelevant if f.low > f.high]
+        for f in self.causal + self.spurious + self.irrelevant:
+            if f.low > f.high:
+                raise ValueError(f"{self.name}: {f.name} is {f.low} to {f.high}: lower first")
+        for f in self.spurious:
+            if f.copies not in causes:
+                raise ValueError(f"{self.name}: {f.name} copies {f.copies!r}: give one of {causes}")
         if self.question.count("{features}") != 1:
-            wrong.append("question: write {features} in it, once")
+            raise ValueError(f"{self.name}: write {{features}} once in the question")
         if not self.scale and lows != sorted({*lows, -math.inf}, reverse=True):
-            wrong.append(f"bands from {lows}: give the highest first and -math.inf last")
-        if wrong:
-            raise ValueError(f"{self.name}: {wrong[0]}")
+            raise ValueError(f"{self.name}: bands from {lows}: highest first, -math.inf last")
 
     def answer(self, score):
         """The answer to a score: its band's, or its place on the scale."""
@@ -130,10 +130,9 @@ def draw(feature, rng):
 
 
 def generate(game, n, ood=False, seed=0, exclude=()):
-    """n Examples of a game, no two with the same numbers, nor with those of the Examples `exclude`.
-
-    ood: the spurious features are drawn on their own instead of copying. The same arguments give
-    the same examples. ValueError for n < 1 or more than the game has."""
+    """n Examples of a game, no two with the same numbers, nor with those of the Examples `exclude`;
+    the same arguments give the same ones. ood: the spurious features are drawn on their own instead
+    of copying. ValueError for n < 1 or more than the game has."""
     rng, examples = random.Random(f"{game.name} {ood} {seed}"), []
     before, after = game.question.split("{features}")
 
@@ -142,26 +141,27 @@ def generate(game, n, ood=False, seed=0, exclude=()):
 
     seen = {numbers(example) for example in exclude}
     for _ in range(1000 + 100 * n):
-        value = {f.name: draw(f, rng) + rng.gauss(0, f.noise) for f in game.causal + game.irrelevant}
+        value = {f.name: draw(f, rng) + rng.gauss(0, f.noise)
+                 for f in game.causal + game.irrelevant}
         for f in game.spurious:
             copy = f.ratio * value[f.copies]
             if ood:
                 value[f.name] = draw(f, rng)
             else:
                 value[f.name] = copy + rng.gauss(0, f.noise) if f.noise else math.floor(copy)
-        answer = game.answer(sum(f.weight * value[f.name] for f in game.causal))
         causal, spurious, irrelevant = groups = [
             [f"{f.name}: {value[f.name]:.{f.decimals}f}{f.unit}" for f in group]
             for group in (game.causal, game.spurious, game.irrelevant)]
         text = ". ".join("; ".join(group) for group in groups)
         if game.shuffle:
             text = ", ".join(rng.sample(causal + spurious + irrelevant, len(value)))
+        answer = game.answer(sum(f.weight * value[f.name] for f in game.causal))
         example = Example(before + text + after, answer, ({answer: causal},), tuple(spurious))
         if numbers(example) not in seen:
             seen.add(numbers(example))
             examples.append(example)
-            if len(examples) == n:
-                return examples
+        if len(examples) == n:
+            return examples
     raise ValueError(f"{n} examples of {game.name}: give at least 1, or fewer than it has")
 
 
@@ -174,24 +174,26 @@ MANY = 100  # a phrase that stands at more places says nothing about any of them
 
 @lru_cache(maxsize=10_000)
 def phrase_pattern(phrase, whole, flags):
-    """A phrase in any white space; whole: with no end inside a word or number ("he" in "the", "5"
+    """A phrase in any white space; whole: with no end inside a word ("he" in "the") or number ("5"
     in "2.5")."""
     pattern = r"\s+".join(map(re.escape, phrase.split()))
     if whole and re.match(r"[-−.]?\w", phrase):
-        number = r"(?<!\d[.,:/–-])(?<!\W[-−.])" if phrase[0].isdigit() else ""
-        pattern = r"(?<!\w)" + number + pattern
+        pattern = r"(?<!\w)" + pattern
+    if whole and re.match(r"\d", phrase):
+        pattern = r"(?<!\d[.,:/–-])(?<!\W[-−.])" + pattern
     if whole and re.search(r"\w$", phrase):
-        pattern += r"(?!\w)" + (r"(?![.,:/–-]\d)" if phrase[-1].isdigit() else "")
+        pattern += r"(?!\w)"
+    if whole and re.search(r"\d$", phrase):
+        pattern += r"(?![.,:/–-]\d)"
     return re.compile(pattern, flags)
 
 
 def find(text, phrase, notes, starts=(0,)):
     """The spans of a phrase from the first of the starts where it stands: whole, as written or in
-    any case; else inside words. Quotes of any shape are alike. A phrase "inside words" or "not
-    found" is added to the notes."""
-    text, phrase = text.translate(QUOTES), normalize("NFC", phrase).translate(QUOTES).strip()
-    for whole, start, flags in product((True, False), starts, (0, re.I)) if phrase else ():
-        found = phrase_pattern(phrase, whole, flags).finditer(text[start:])
+    any case; else inside words. Notes a phrase that is "inside words" or "not found"."""
+    text, alike = text.translate(QUOTES), normalize("NFC", phrase).translate(QUOTES).strip()
+    for whole, start, flags in product((True, False), starts, (0, re.I)) if alike else ():
+        found = phrase_pattern(alike, whole, flags).finditer(text[start:])
         spans = [(start + m.start(), start + m.end()) for m in islice(found, MANY + 1)]
         if 0 < len(spans) <= MANY:
             notes += [] if whole else [("inside words", phrase)]
@@ -205,9 +207,9 @@ def phrases_to_edges(example):
     input + target: (edges, causal, spurious, notes).
 
     edges: [(effect, cause)]: who predicts the effect should look at the cause. An effect is looked
-    for in the target, then everywhere; a cause ends before its effect starts. causal: the causes of
-    the answer. spurious: the spurious phrases. notes: [(what, phrase)] of phrases "not found",
-    "inside words" or "late", never before an effect."""
+    for in the target, then everywhere; a cause ends before its effect starts. causal: causes of the
+    answer. spurious: of the spurious phrases. notes: [(what, phrase)], "not found", "inside words"
+    or "late", never before an effect."""
     text, n = example.input + example.target, len(example.input)
     edges, notes = [], []
     for effect, causes in (pair for group in example.important for pair in group.items()):
@@ -223,8 +225,7 @@ def phrases_to_edges(example):
 
 
 def as_lists(pairs):
-    """A JSON object with a list under each key: values of equal keys add up, where json would keep
-    the last one."""
+    """A JSON object with a list under each key, so that values of equal keys add up."""
     fields = {}
     for key, value in pairs:
         fields.setdefault(key, []).extend(value if isinstance(value, list) else [value])
@@ -232,7 +233,7 @@ def as_lists(pairs):
 
 
 def parse_example(line, source=""):
-    """A line of JSON as an Example. ValueError says what it should be."""
+    """A line of JSON as an Example. ValueError says what to write instead."""
     try:
         fields = json.loads(line, object_pairs_hook=as_lists)
         [input], [target] = fields["input"], fields["target"]
@@ -240,11 +241,10 @@ def parse_example(line, source=""):
         important, spurious = (tuple(fields.get(key, ())) for key in ("important", "spurious"))
         causes = [cause for group in important for causes in group.values() for cause in causes]
         "".join([input, target, *causes, *spurious]).encode()  # all are texts
-        if not input.strip() or not target.strip():
-            raise ValueError
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ValueError(f'{source}: {line[:40]!r} is no example: write {{"input": "...", "target": '
-                         '"...", "important": [{"effect": ["cause", ...]}, ...]}') from None
+        assert input.strip() and target.strip()
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError):
+        raise ValueError(f'{source}: {line[:40]!r} is no example: write {{"input": "...", '
+                         '"target": "...", "important": [{"effect": ["cause"]}]}') from None
     return Example(normalize("NFC", input), normalize("NFC", target), important, spurious, source)
 
 
@@ -252,19 +252,19 @@ def read(path):
     """A JSON Lines file as (Examples, summary), which counts the phrases that are of no use.
     ValueError for a bad line, as "file:line: what is wrong and what to do"; OSError."""
     with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
-        examples = [parse_example(line, f"{path}:{n}")
-                    for n, line in enumerate(file, 1) if line.strip()]
+        examples = [parse_example(line, f"{path}:{n}") for n, line in enumerate(file, 1)
+                    if line.strip()]
     if not examples:
         raise ValueError(f"{path}: no examples: give one JSON object on each line")
-    counts, useless = Counter(), defaultdict(list)
+    counts, unused = Counter(), defaultdict(list)
     for example in examples:
         edges, causal, _, notes = phrases_to_edges(example)
         counts.update({"edges": bool(edges), "edges at the answer": bool(causal)})
         for what, phrase in notes:
-            useless[what].append(f"{phrase!r} in {example.source}")
-    parts = [f"{path}: {len(examples)} examples", *(f"{n} with {what}" for what, n in counts.items()),
-             *(f"{len(found)} phrases {what}, such as {found[0]}" for what, found in useless.items())]
-    return examples, ", ".join(parts)
+            unused[what].append(f"{phrase!r} in {example.source}")
+    return examples, "; ".join([
+        f"{path}: {len(examples)} examples", *(f"{n} with {what}" for what, n in counts.items()),
+        *(f"{len(found)} phrases {what}, such as {found[0]}" for what, found in unused.items())])
 
 
 def dump(example):
@@ -303,9 +303,9 @@ def permute(text, spans, rng):
 def hold_out(examples, share, seed):
     """Splits examples into (train, iid, ood): a share of the different inputs, 0 to 1, is held out.
 
-    ood: the held-out examples whose numbers that belong to no cause, nor to `fixed_question`,
-    changed places; the answer stays true, what went along with it does not. None that lost a
-    phrase. ValueError when nothing is left to train or test on."""
+    ood: iid where numbers that belong to no cause, nor to `fixed_question`, changed places: the
+    answer stays true, what went along with it does not. None that did not change or lost a phrase.
+    ValueError when nothing is left to train or test on."""
     rng, inputs = random.Random(seed), sorted({example.input for example in examples})
     n = max(1, round(share * len(inputs))) if 0 < share < 1 else 0
     if not 0 < n < len(inputs):
@@ -315,26 +315,27 @@ def hold_out(examples, share, seed):
     before, after = map(len, fixed_question(examples))
     for example in iid:
         edges, *_, notes = phrases_to_edges(example)
+        fixed = [(0, before), (len(example.input) - after, len(example.input))]
+        fixed += [cause for _, cause in edges]
         numbers = [number.span() for number in NUMBER.finditer(example.input)]
-        free = [(a, b) for a, b in numbers if before <= a and b <= len(example.input) - after
-                and not any(a < end and start < b for _, (start, end) in edges)]
-        text = permute(example.input, free, rng)
-        if edges and "not found" not in dict(notes) and text != example.input:
-            ood.append(replace(example, input=text, spurious=()))
+        free = [(a, b) for a, b in numbers if not any(a < end and start < b for start, end in fixed)]
+        moved = replace(example, input=permute(example.input, free, rng), spurious=())
+        if edges and "not found" not in dict(notes) and moved.input != example.input:
+            ood.append(moved)
     return train, iid, ood
 
 
 def redraw_spurious(examples, seed):
-    """The same examples, each spurious phrase replaced by one of any example that differs from it
-    in numbers only ("Hormones: 4" is drawn from all "Hormones: N"); causes stay."""
+    """The same examples, each spurious phrase replaced by that of a random example that differs in
+    numbers only ("Hormones: 4" by any "Hormones: N"); causes stay."""
     rng, pool, redrawn = random.Random(seed), defaultdict(list), []
     for phrase in (phrase for example in examples for phrase in example.spurious):
         pool[NUMBER.sub("N", phrase)].append(phrase)
     for example in examples:
         new = {phrase: rng.choice(pool[NUMBER.sub("N", phrase)]) for phrase in example.spurious}
-        spans = {span: new[phrase] for phrase in new for span in find(example.input, phrase, [])}
-        redrawn.append(replace(example, input=substitute(example.input, spans, spans.values()),
-                               spurious=tuple(new.values())))
+        places = {span: new[phrase] for phrase in new for span in find(example.input, phrase, [])}
+        text = substitute(example.input, places, places.values())
+        redrawn.append(replace(example, input=text, spurious=tuple(new.values())))
     return redrawn
 
 
@@ -350,8 +351,8 @@ def reorder(example, rng):
     if len({item[1] for item in items}) < len(items) or re.search(r"\w", between):
         return example
     moved = replace(example, input=permute(example.input, [item.span() for item in items], rng))
-    counts = ([len(part) for part in phrases_to_edges(e)[:3]] for e in (example, moved))
-    return moved if next(counts) == next(counts) else example
+    before, after = ([*map(len, phrases_to_edges(e)[:3])] for e in (example, moved))
+    return moved if before == after else example
 
 
 # ": " is one token, so that a prompt that ends in a blank is cut where training cut it
@@ -359,8 +360,8 @@ PATTERN = r"\p{N}{1,3}| ?\p{L}+|[^\s\p{L}\p{N}]+\s*|\s+"
 
 
 def build_tokenizer(texts):
-    """A byte-level tiktoken.Encoding that encodes any text and decodes it exactly. One token: each
-    byte, each number of up to three digits in texts, each word or mark that occurs twice."""
+    """A byte-level tiktoken.Encoding for any text. One token: each byte, each number of up to three
+    digits in texts, each word or mark that occurs twice."""
     counts = Counter(piece for text in texts
                      for piece in re.findall(r"\d{1,3}| ?[^\W\d_]+|[^\w\s]+\s*", text))
     pieces = [piece.encode() for piece, n in counts.most_common() if n > 1 or piece.isdecimal()]
@@ -399,8 +400,8 @@ def token_edges(edges, offsets):
 
     offsets: [(start, end)] of the tokens in characters, as a fast tokenizer returns with
     return_offsets_mapping=True; (0, 0) is no text. A decoder predicts token t + 1 at position t: an
-    effect on tokens s..e is predicted by the queries s-1..e-1, and those get the edges. Keys are
-    the cause's tokens before s."""
+    effect on tokens s..e gives edges to the queries s-1..e-1; keys are the cause's tokens before s.
+    """
     pairs = set()
     for effect, cause in edges:
         predicted, keys = tokens_of(effect, offsets), tokens_of(cause, offsets)
@@ -415,20 +416,18 @@ def narrow(text, span, how="value"):
 
 
 def narrow_edges(text, edges, spurious, how, rng):
-    """Edges to causes whole ("span") or their numbers ("value"); or, as controls, to the "spurious"
-    numbers or to as many "random" words instead."""
-    narrowed = [(effect, part) for effect, cause in edges for part in narrow(text, cause, how)]
-    if how in ("value", "span"):
-        return narrowed
-    wrong = []
-    for effect, n in Counter(effect for effect, _ in narrowed).items():
+    """Edges to the numbers of each cause ("value") or to all of it ("span"); or, as controls, to
+    the "spurious" numbers or as many "random" words instead."""
+    keys = defaultdict(list)  # of each effect
+    for effect, cause in edges:
+        keys[effect] += narrow(text, cause, how)
+    for effect in keys:
         if how == "spurious":
-            keys = [number for span in spurious for number in narrow(text, span)]
-        else:
+            keys[effect] = [number for span in spurious for number in narrow(text, span)]
+        elif how == "random":
             words = [word.span() for word in re.finditer(r"\w+", text[:effect[0]])]
-            keys = rng.sample(words, min(n, len(words)))
-        wrong += [(effect, key) for key in keys]
-    return wrong
+            keys[effect] = rng.sample(words, min(len(keys[effect]), len(words)))
+    return [(effect, key) for effect in keys for key in keys[effect]]
 
 
 SEPARATOR = re.compile(rf"(?s).*(?:[,;.?!]\s|\n|{NUMBER.pattern})\s*")
@@ -459,6 +458,7 @@ def encode(examples, tokenizer, edges="value", device="cpu", seed=0):
     """Examples to a Dataset. edges: as `how` of `narrow_edges`; seed: of its "random"."""
     rng, end, encoded = random.Random(seed), tokenizer.encode_single_token(END), []
     for example in examples:
+        # the prompt is encoded on its own, as when a question is asked
         text, prompt = example.input + example.target, tokenizer.encode_ordinary(example.input)
         tokens = prompt + tokenizer.encode_ordinary(example.target)
         offsets, T = character_offsets(tokenizer, tokens), len(tokens)
@@ -474,12 +474,13 @@ def encode(examples, tokenizer, edges="value", device="cpu", seed=0):
             for t in inside:
                 item[t] = min(item[t], inside[0])
         pairs = torch.tensor(token_edges(links, offsets), dtype=torch.long).view(-1, 2)
-        encoded.append((*map(torch.tensor, (tokens, tokens[1:] + [end], answer, role, item)), pairs))
-    columns, T = list(zip(*encoded)), max(len(tokens) for tokens, *_ in encoded)
+        columns = tokens, tokens[1:] + [end], answer, role, item
+        encoded.append((*map(torch.tensor, columns), pairs))
+    T = max(len(tokens) for tokens, *_ in encoded)
     tensors = [pad_sequence(column, batch_first=True, padding_value=value).to(device)
-               for column, value in zip(columns, (end, -100, False, 0, T, T))]
-    return Dataset(tokenizer, fixed_question(examples),
-                   tuple(sorted({example.target for example in examples})), *tensors)
+               for column, value in zip(zip(*encoded), (end, -100, False, 0, T, T))]
+    answers = tuple(sorted({example.target for example in examples}))
+    return Dataset(tokenizer, fixed_question(examples), answers, *tensors)
 
 
 def adjacency_of(data, ix):
@@ -488,13 +489,13 @@ def adjacency_of(data, ix):
     query, key = data.edges[ix].unbind(-1)  # (B, E) each
     adjacency = torch.zeros(B, T + 1, T + 1, dtype=torch.bool, device=query.device)
     adjacency[torch.arange(B)[:, None], query, key] = True
-    return adjacency[:, :T, :T]  # less the edges that fill up
+    return adjacency[:, :T, :T]  # without what fills up
 
 
 def inside_of(data, ix):
-    """(B, T, T), bool: the adjacency of the layers below, where each token of an item looks inside
-    it, at itself and what stands before. Not shifted by one: it is about what a token holds, not
-    about what it predicts."""
+    """(B, T, T), bool: the adjacency of the layers below: each token of an item looks inside it, at
+    itself and what stands before. Not shifted by one: it is about what a token holds, not about
+    what it predicts."""
     position = torch.arange(data.idx.shape[1], device=data.idx.device)
     return (data.item[ix][:, :, None] <= position) & (position <= position[:, None])
 
@@ -502,20 +503,18 @@ def inside_of(data, ix):
 def show(examples, row=None):
     """The edges of one example as text: of line `row` of its file, or the first that has any.
     ValueError when no example is on that line."""
-    drawn = [e for e in examples
-             if (phrases_to_edges(e)[0] if row is None else e.source.endswith(f":{row}"))]
-    if row and not drawn:
+    wanted = [e for e in examples
+              if (e.source.endswith(f":{row}") if row else phrases_to_edges(e)[0])]
+    if row and not wanted:
         raise ValueError(f"--row is {row}: give the line of an example")
-    example = (drawn or examples)[0]
+    example = (wanted or examples)[0]
     tokenizer = build_tokenizer(e.input + e.target for e in examples)
-    data, token, keys = encode([example], tokenizer), {}, defaultdict(dict)
-    for text, positions in character_tokens(tokenizer, data.idx[0].tolist()):
-        token |= dict.fromkeys(positions, f"{text!r} at {positions[0]}")
-    for query, key in data.edges[0].tolist():
-        keys[f"{token[query]} predicts {token[query + 1]}"][token[key]] = True
-    return "\n".join([example.input + example.target,
-                      "each query, the token it predicts, the keys it should look at:",
-                      *(f"  {query}  <-  {'  '.join(keys[query])}" for query in keys)])
+    data = encode([example], tokenizer)
+    token = {t: f"{text!r} at {ts[0]}"
+             for text, ts in character_tokens(tokenizer, data.idx[0].tolist()) for t in ts}
+    lines = [f"{token[query]} predicts {token[query + 1]} and should look at {token[key]}"
+             for query, key in data.edges[0].tolist()]
+    return "\n".join([example.input + example.target, *dict.fromkeys(lines)])
 
 
 INSTRUCTION = """Each line below is a text as JSON: an input and the target that follows it.
@@ -529,21 +528,20 @@ line alone.
 
 def parse_reply(reply, example):
     """The example with the labels of a reply: JSON objects or a list of them, with words around but
-    not between. ValueError or RecursionError for anything else, such as broken or cut JSON, and
-    when no edge comes of it."""
-    start = re.search(r"\{|\[\s*\{", reply := reply.rpartition("</think>")[2])  # less a draft
-    rest, objects = reply[start.start():] if start else "", []
+    not between. ValueError or RecursionError for anything else, such as cut JSON, and when no edge
+    comes of it."""
+    reply = reply.rpartition("</think>")[2]  # before stands a draft
+    start = re.search(r"\{|\[\s*\{|\Z", reply).start()
+    rest, objects = reply[start:], []
     while rest.startswith(("{", "[")):
         value, end = json.JSONDecoder(object_pairs_hook=as_lists).raw_decode(rest)
         objects += value if isinstance(value, list) else [value]
         rest = rest[end:].lstrip(", \r\n\t")
     if "{" in rest or "<think>" in reply or len(reply) > 20_000:
         raise ValueError("a draft, words between labels, or over 20,000 characters")
-    important = []
-    for value in objects:  # {effect: [causes]}, {"important": ...} or a whole line
-        if value.get("input", [example.input]) != [example.input]:
-            raise ValueError("labels of another text")
-        important += value.get("important", [value])
+    if any(value.get("input", [example.input]) != [example.input] for value in objects):
+        raise ValueError("labels of another text")
+    important = [group for value in objects for group in value.get("important", [value])]
     labelled = parse_example(dump(replace(example, important=important)), example.source)
     if not phrases_to_edges(labelled)[0]:
         raise ValueError("no {effect: [causes]} of phrases in the text")
@@ -551,17 +549,15 @@ def parse_reply(reply, example):
 
 
 def answered(path):
-    """{(input, target)} of the lines of an output file, less a last one that a kill has cut.
-    ValueError for a line that is no example."""
-    content = open(path, "rb").read() if os.path.exists(path) else b""
+    """{(input, target)} of an output so far. A last line that a kill has cut is cut off."""
+    with open(path, "a+b") as file:  # a path that cannot be written is an error now
+        file.seek(0)
+        content = file.read()
     whole, newline, last = content.rpartition(b"\n")
-    try:
-        parse_example(last)
-        save(path, content + b"\n")
-    except ValueError:
-        if b'{"input"'.startswith(last[:8]):
-            save(path, whole + newline)
-    return {(e.input, e.target) for e in read(path)[0]} if os.path.getsize(path) else set()
+    if last.startswith(b'{"input": "'):
+        content = whole + newline + (last + b"\n" if last.endswith(b"}") else b"")
+        save(path, content)
+    return {(e.input, e.target) for e in read(path)[0]} if content else set()
 
 
 def annotate(questions, demos, assistant, out, time_limit=60):
@@ -569,21 +565,18 @@ def annotate(questions, demos, assistant, out, time_limit=60):
 
     questions, demos, out: JSON Lines files; every demo has labels. assistant: a command that reads
     a prompt and prints a reply in time_limit seconds, tried three times an example. Each answer is
-    a line of out when it comes, without labels when no reply is of use; what stands in out is not
-    asked again. ValueError or OSError for wrong arguments."""
-    command, shown, (examples, summary) = shlex.split(assistant), read(demos)[0], read(questions)
+    a line of out at once, without labels if no reply is of use; what stands in out is not asked
+    again. ValueError or OSError for wrong arguments."""
+    command, (shown, _), (examples, _) = shlex.split(assistant), read(demos), read(questions)
     if not command or not shutil.which(command[0]):
         raise ValueError(f"--assistant is {assistant!r}: give a program and its flags")
     for demo in shown:
         if not phrases_to_edges(demo)[0]:
             raise ValueError(f'{demo.source}: no usable "important": give phrases of the text')
     prompt, done, problems = INSTRUCTION + "".join(map(dump, shown)), answered(out), []
-    print(summary)
-    for example in tqdm(examples, disable=None):
-        if (example.input, example.target) in done:
-            continue
-        done.add((example.input, example.target))
-        question = prompt + dump(Example(example.input, example.target))
+    todo = {(e.input, e.target): e for e in examples if (e.input, e.target) not in done}
+    for example in tqdm(todo.values(), disable=None):
+        question = prompt + dump(replace(example, important=(), spurious=()))
         for _ in range(3):
             try:
                 reply = subprocess.run(command, input=question, capture_output=True, check=True,
@@ -591,10 +584,9 @@ def annotate(questions, demos, assistant, out, time_limit=60):
                 labelled = parse_reply(reply.stdout, example)
                 break
             except (ValueError, RecursionError, subprocess.SubprocessError) as error:
-                problem = f"{example.source}: {error}"
+                problem, labelled = f"{example.source}: {error}", replace(example, important=())
         else:
             problems.append(problem)
-            labelled = replace(example, important=())
         with open(out, "a", encoding="utf-8") as file:
             file.write(dump(labelled))
     print(f"{read(out)[1]}; {len(problems)} asked now have no usable reply", *problems[:1],
@@ -603,26 +595,21 @@ def annotate(questions, demos, assistant, out, time_limit=60):
 
 def check(labelled, truth):
     """How well labelled Examples have the edges of the true ones with the same texts, and the three
-    worst, as text. ValueError when no text is in both."""
+    worst, as text."""
     gold = {(e.input, e.target): set(phrases_to_edges(e)[0]) for e in truth}
-    compared, tp = [], 0  # (source, missing phrases, phrases too many)
-    for example in labelled:
-        text, key = example.input + example.target, (example.input, example.target)
-        if key in gold:
-            predicted = set(phrases_to_edges(example)[0])
-            tp += len(predicted & gold[key])
-            compared.append((example.source, *(
-                [text[start:end] for _, (start, end) in sorted(edges)]
-                for edges in (gold[key] - predicted, predicted - gold[key]))))
-    if not compared:
-        raise ValueError(f"{labelled[0].source}: not in {truth[0].source}: label the same texts")
-    fn, fp = (sum(len(phrases) for phrases in column) for column in list(zip(*compared))[1:])
-    lines = [f"{len(compared)} of {len(labelled)} examples compared: precision "
-             f"{tp / max(tp + fp, 1):.3f}, recall {tp / max(tp + fn, 1):.3f}, "
-             f"F1 {2 * tp / max(2 * tp + fp + fn, 1):.3f}"]
-    for source, missing, extra in sorted(compared, key=lambda c: -len(c[1]) - len(c[2]))[:3]:
-        lines.append(f"{source}: missing {missing}, too many {extra}")
-    return "\n".join(lines)
+    tp, compared = 0, []  # (source, missing phrases, phrases too many)
+    for e in labelled:
+        if (e.input, e.target) in gold:
+            true, edges = gold[e.input, e.target], set(phrases_to_edges(e)[0])
+            tp += len(true & edges)
+            compared.append((e.source, *([(e.input + e.target)[slice(*c)] for _, c in sorted(part)]
+                                         for part in (true - edges, edges - true))))
+    fn, fp = (sum(len(example[k]) for example in compared) for k in (1, 2))
+    worst = sorted(compared, key=lambda example: -len(example[1]) - len(example[2]))[:3]
+    return "\n".join([f"{len(compared)} of {len(labelled)} examples have true labels",
+                      f"edges: precision {tp / max(tp + fp, 1):.3f}, recall "
+                      f"{tp / max(tp + fn, 1):.3f}, F1 {2 * tp / max(2 * tp + fp + fn, 1):.3f}",
+                      *("{}: missing {}, too many {}".format(*example) for example in worst)])
 
 
 def main(argv=None):
