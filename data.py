@@ -41,15 +41,15 @@ class Feature:
 
 @dataclass(frozen=True)
 class Game:
-    """A Spurious Token Game, the paper's synthetic benchmark: causal features decide the answer,
-    spurious ones copy them until they are out of distribution (OOD). ValueError for a mistake."""
+    """A Spurious Token Game, the paper's benchmark: causal features decide the answer, spurious
+    ones copy them until they are out of distribution (OOD). ValueError for a mistake."""
     name: str
     causal: tuple
     spurious: tuple
     irrelevant: tuple
     question: str  # {features} stands for the numbers; the answer follows
-    bands: tuple = ()  # ((lowest score, answer), ...), highest first; or
-    scale: tuple = ()  # (low, high): the score is answered as a whole number, 0 (low) to 100 (high)
+    bands: tuple = ()  # answer by score: ((lowest, answer), ...), highest first; or
+    scale: tuple = ()  # (low, high): answer 0 for a score of low to 100 for one of high
     shuffle: bool = True  # each example has its own order; else causal, spurious, irrelevant
     steps: int = 1500  # of training that it needs
 
@@ -67,11 +67,10 @@ class Game:
             raise ValueError(f"{self.name}: bands from {lows}: highest first, -math.inf last")
 
     def answer(self, score):
-        """The answer to a score: its band's, or its place on the scale."""
-        if self.scale:
-            low, high = self.scale
-            return str(round(100 * (min(max(score, low), high) - low) / (high - low)))
-        return next(answer for lowest, answer in self.bands if round(score, 6) >= lowest)
+        if self.bands:
+            return next(answer for lowest, answer in self.bands if round(score, 6) >= lowest)
+        low, high = self.scale
+        return str(round(100 * (min(max(score, low), high) - low) / (high - low)))
 
 
 STG = Game(
@@ -119,20 +118,20 @@ class Example:
     """One question with its answer: a line of a JSON Lines file."""
     input: str
     target: str
-    important: tuple = ()  # ({effect phrase: [cause phrases]}, ...), the paper's causal supervision
+    important: tuple = ()  # ({effect phrase: [cause phrases]}, ...)
     spurious: tuple = ()  # phrases that merely go along with the answer, where known
     source: str = ""  # "file:line", for messages
 
 
 def draw(feature, rng):
-    whole = not feature.noise and not feature.decimals
+    whole = not (feature.noise or feature.decimals)
     return (rng.randint if whole else rng.uniform)(feature.low, feature.high)
 
 
 def generate(game, n, ood=False, seed=0, exclude=()):
-    """n Examples of a game, no two with the same numbers, nor with those of the Examples `exclude`;
-    the same arguments give the same ones. ood: the spurious features are drawn on their own instead
-    of copying. ValueError for n < 1 or more than the game has."""
+    """n Examples of a game, no two with the same numbers, none with those of `exclude`; the same
+    arguments give the same ones. ood: spurious features are drawn on their own instead of copying.
+    ValueError for n < 1 or more than the game has."""
     rng, examples = random.Random(f"{game.name} {ood} {seed}"), []
     before, after = game.question.split("{features}")
 
@@ -190,11 +189,11 @@ def phrase_pattern(phrase, whole, flags):
 
 def find(text, phrase, notes, starts=(0,)):
     """The spans of a phrase from the first of the starts where it stands: whole, as written or in
-    any case; else inside words. Notes a phrase that is "inside words" or "not found"."""
+    any case; else inside words. Notes a phrase "inside words" or "not found"."""
     text, alike = text.translate(QUOTES), normalize("NFC", phrase).translate(QUOTES).strip()
     for whole, start, flags in product((True, False), starts, (0, re.I)) if alike else ():
-        found = phrase_pattern(alike, whole, flags).finditer(text[start:])
-        spans = [(start + m.start(), start + m.end()) for m in islice(found, MANY + 1)]
+        matches = phrase_pattern(alike, whole, flags).finditer(text[start:])
+        spans = [(start + m.start(), start + m.end()) for m in islice(matches, MANY + 1)]
         if 0 < len(spans) <= MANY:
             notes += [] if whole else [("inside words", phrase)]
             return spans
@@ -203,23 +202,22 @@ def find(text, phrase, notes, starts=(0,)):
 
 
 def phrases_to_edges(example):
-    """The phrases of an Example, the paper's causal supervision signals, as spans (start, end) of
-    input + target: (edges, causal, spurious, notes).
+    """An Example's (edges, causal, spurious, notes) in spans (start, end) of input + target.
 
-    edges: [(effect, cause)]: who predicts the effect should look at the cause. An effect is looked
-    for in the target, then everywhere; a cause ends before its effect starts. causal: causes of the
-    answer. spurious: of the spurious phrases. notes: [(what, phrase)], "not found", "inside words"
-    or "late", never before an effect."""
+    edges: [(effect, cause)], the paper's causal supervision: who predicts the effect should look at
+    the cause, which ends before it. An effect is looked for in the target, then everywhere. causal:
+    causes of the answer. notes: [(what, phrase)], "not found", "inside words" or "late", never
+    before an effect."""
     text, n = example.input + example.target, len(example.input)
     edges, notes = [], []
     for effect, causes in (pair for group in example.important for pair in group.items()):
         effects = find(text, effect, notes, (n, 0))
         for cause in causes if effects else ():
             spans = find(text, cause, notes)
-            pairs = [(e, c) for e in effects for c in spans if c[1] <= e[0]]
-            edges += pairs
-            notes += [("late", cause)] if spans and not pairs else []
-    edges = list(dict.fromkeys(edges))
+            before = [(e, c) for e in effects for c in spans if c[1] <= e[0]]
+            edges += before
+            notes += [("late", cause)] if spans and not before else []
+    edges = list(dict.fromkeys(edges))  # each once
     spurious = [span for phrase in example.spurious for span in find(text[:n], phrase, notes)]
     return edges, [cause for effect, cause in edges if effect[1] > n], spurious, notes
 
@@ -249,8 +247,7 @@ def parse_example(line, source=""):
 
 
 def read(path):
-    """A JSON Lines file as (Examples, summary), which counts the phrases that are of no use.
-    ValueError for a bad line, as "file:line: what is wrong and what to do"; OSError."""
+    """A JSON Lines file as (Examples, summary). ValueError for a bad line, which it names."""
     with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
         examples = [parse_example(line, f"{path}:{n}") for n, line in enumerate(file, 1)
                     if line.strip()]
@@ -280,6 +277,11 @@ def save(path, content):
     os.replace(f"{path}.tmp", path)
 
 
+def overlapping(span, spans):
+    """The indices of the spans, such as the offsets of tokens, that share a character with one."""
+    return [i for i, (start, end) in enumerate(spans) if start < span[1] and span[0] < end]
+
+
 def fixed_question(examples):
     """What all inputs begin and end with, in whole words: (prefix, suffix)."""
     inputs = [example.input for example in examples]
@@ -303,9 +305,9 @@ def permute(text, spans, rng):
 def hold_out(examples, share, seed):
     """Splits examples into (train, iid, ood): a share of the different inputs, 0 to 1, is held out.
 
-    ood: iid where numbers that belong to no cause, nor to `fixed_question`, changed places: the
-    answer stays true, what went along with it does not. None that did not change or lost a phrase.
-    ValueError when nothing is left to train or test on."""
+    ood: those of iid whose numbers that belong to no cause, nor to `fixed_question`, changed
+    places; the answer stays true. None that lost a phrase. ValueError when a part would be empty.
+    """
     rng, inputs = random.Random(seed), sorted({example.input for example in examples})
     n = max(1, round(share * len(inputs))) if 0 < share < 1 else 0
     if not 0 < n < len(inputs):
@@ -318,7 +320,7 @@ def hold_out(examples, share, seed):
         fixed = [(0, before), (len(example.input) - after, len(example.input))]
         fixed += [cause for _, cause in edges]
         numbers = [number.span() for number in NUMBER.finditer(example.input)]
-        free = [(a, b) for a, b in numbers if not any(a < end and start < b for start, end in fixed)]
+        free = [number for number in numbers if not overlapping(number, fixed)]
         moved = replace(example, input=permute(example.input, free, rng), spurious=())
         if edges and "not found" not in dict(notes) and moved.input != example.input:
             ood.append(moved)
@@ -326,8 +328,8 @@ def hold_out(examples, share, seed):
 
 
 def redraw_spurious(examples, seed):
-    """The same examples, each spurious phrase replaced by that of a random example that differs in
-    numbers only ("Hormones: 4" by any "Hormones: N"); causes stay."""
+    """The same examples, each spurious phrase replaced by a random one of any example that differs
+    in numbers only ("Hormones: 4" by any "Hormones: N")."""
     rng, pool, redrawn = random.Random(seed), defaultdict(list), []
     for phrase in (phrase for example in examples for phrase in example.spurious):
         pool[NUMBER.sub("N", phrase)].append(phrase)
@@ -345,7 +347,7 @@ ITEM = re.compile(r"(?:^|(?<=[,;:.?!]\s))([^\W\d_](?:[^,;:.?!]|\.(?=\S))*): " + 
 
 def reorder(example, rng):
     """The same example with the "Name: number" items of its input in another order; as it is when
-    that would lose an edge or role, words stand between two items, or two have one name."""
+    that loses an edge or role, words stand between two items, or two have one name."""
     items = list(ITEM.finditer(example.input))
     between = "".join(example.input[a.end():b.start()] for a, b in pairwise(items))
     if len({item[1] for item in items}) < len(items) or re.search(r"\w", between):
@@ -390,27 +392,21 @@ def character_tokens(tokenizer, tokens):
             for (start, end), positions in groupby(range(len(tokens)), offsets.__getitem__)]
 
 
-def tokens_of(span, offsets):
-    """The tokens that share a character with a span."""
-    return [t for t, (start, end) in enumerate(offsets) if start < span[1] and span[0] < end]
-
-
 def token_edges(edges, offsets):
     """Edges between spans as sorted (query, key) pairs of tokens, for any tokenizer.
 
-    offsets: [(start, end)] of the tokens in characters, as a fast tokenizer returns with
-    return_offsets_mapping=True; (0, 0) is no text. A decoder predicts token t + 1 at position t: an
-    effect on tokens s..e gives edges to the queries s-1..e-1; keys are the cause's tokens before s.
-    """
+    offsets: [(start, end)] of the tokens in characters, as fast tokenizers return them; (0, 0) is no
+    text. A decoder predicts token t + 1 at position t: an effect on tokens s..e gives edges to the
+    queries s-1..e-1. Keys are the cause's tokens before s."""
     pairs = set()
     for effect, cause in edges:
-        predicted, keys = tokens_of(effect, offsets), tokens_of(cause, offsets)
+        predicted, keys = overlapping(effect, offsets), overlapping(cause, offsets)
         pairs.update((t - 1, key) for t in predicted for key in keys if key < predicted[0])
     return sorted(pairs)
 
 
 def narrow(text, span, how="value"):
-    """The spans of the numbers in a span, "8" in "Smoking: 8"; itself without any, or as "span"."""
+    """The numbers in a span, "8" in "Smoking: 8", as spans; without any, or as "span", it itself."""
     numbers = [number.span() for number in NUMBER.finditer(text, *span)]
     return numbers if numbers and how != "span" else [span]
 
@@ -434,8 +430,7 @@ SEPARATOR = re.compile(rf"(?s).*(?:[,;.?!]\s|\n|{NUMBER.pattern})\s*")
 
 
 def item_of(text, span):
-    """The item that a span stands in, from the last separator or number to the span's end:
-    "Smoking: 8" for "8", "Answer: High Risk" for "High Risk"."""
+    """The item that a span ends, from the separator or number before it: "Smoking: 8" for "8"."""
     before = SEPARATOR.match(text, 0, span[0])
     return before.end() if before else 0, span[1]
 
@@ -466,11 +461,11 @@ def encode(examples, tokenizer, edges="value", device="cpu", seed=0):
         links, causal, spurious, _ = phrases_to_edges(example)
         for r, spans in (2, spurious), (1, causal):  # what is called both is causal
             for part in (part for span in spans for part in narrow(text, span, edges)):
-                for t in tokens_of(part, offsets):
+                for t in overlapping(part, offsets):
                     role[t] = r
         links = narrow_edges(text, links, spurious, edges, rng)
         for span in {span for link in links for span in link}:
-            inside = tokens_of(item_of(text, span), offsets)
+            inside = overlapping(item_of(text, span), offsets)
             for t in inside:
                 item[t] = min(item[t], inside[0])
         pairs = torch.tensor(token_edges(links, offsets), dtype=torch.long).view(-1, 2)
@@ -493,16 +488,15 @@ def adjacency_of(data, ix):
 
 
 def inside_of(data, ix):
-    """(B, T, T), bool: the adjacency of the layers below: each token of an item looks inside it, at
-    itself and what stands before. Not shifted by one: it is about what a token holds, not about
-    what it predicts."""
+    """(B, T, T), bool: the adjacency of the layers below: a token of an item looks inside it, up to
+    itself. Not shifted by one: it is about what a token holds, not about what it predicts."""
     position = torch.arange(data.idx.shape[1], device=data.idx.device)
     return (data.item[ix][:, :, None] <= position) & (position <= position[:, None])
 
 
 def show(examples, row=None):
-    """The edges of one example as text: of line `row` of its file, or the first that has any.
-    ValueError when no example is on that line."""
+    """The edges of the example on line `row` of its file, or of the first that has any, as text.
+    ValueError when that line has none."""
     wanted = [e for e in examples
               if (e.source.endswith(f":{row}") if row else phrases_to_edges(e)[0])]
     if row and not wanted:
@@ -527,9 +521,8 @@ line alone.
 
 
 def parse_reply(reply, example):
-    """The example with the labels of a reply: JSON objects or a list of them, with words around but
-    not between. ValueError or RecursionError for anything else, such as cut JSON, and when no edge
-    comes of it."""
+    """The example with the labels of a reply: JSON objects or a list of them, no words in between.
+    ValueError or RecursionError for anything else, such as cut JSON, and for labels of no edge."""
     reply = reply.rpartition("</think>")[2]  # before stands a draft
     start = re.search(r"\{|\[\s*\{|\Z", reply).start()
     rest, objects = reply[start:], []
@@ -537,10 +530,9 @@ def parse_reply(reply, example):
         value, end = json.JSONDecoder(object_pairs_hook=as_lists).raw_decode(rest)
         objects += value if isinstance(value, list) else [value]
         rest = rest[end:].lstrip(", \r\n\t")
-    if "{" in rest or "<think>" in reply or len(reply) > 20_000:
-        raise ValueError("a draft, words between labels, or over 20,000 characters")
-    if any(value.get("input", [example.input]) != [example.input] for value in objects):
-        raise ValueError("labels of another text")
+    others = [value for value in objects if value.get("input", [example.input]) != [example.input]]
+    if others or "{" in rest or "<think>" in reply or len(reply) > 20_000:
+        raise ValueError("a draft, another text, words in between or over 20,000 characters")
     important = [group for value in objects for group in value.get("important", [value])]
     labelled = parse_example(dump(replace(example, important=important)), example.source)
     if not phrases_to_edges(labelled)[0]:
@@ -561,12 +553,12 @@ def answered(path):
 
 
 def annotate(questions, demos, assistant, out, time_limit=60):
-    """Labels the examples of a file (the paper's first step: human examples, then an assistant).
+    """Labels the examples of a file, from some labelled by hand, as the paper does.
 
-    questions, demos, out: JSON Lines files; every demo has labels. assistant: a command that reads
-    a prompt and prints a reply in time_limit seconds, tried three times an example. Each answer is
-    a line of out at once, without labels if no reply is of use; what stands in out is not asked
-    again. ValueError or OSError for wrong arguments."""
+    questions, demos, out: JSON Lines files. assistant: a command that reads a prompt and prints a
+    reply in time_limit seconds, tried three times an example. Each answer is a line of out at once,
+    without labels if no reply is of use; what stands there is not asked again. ValueError, OSError.
+    """
     command, (shown, _), (examples, _) = shlex.split(assistant), read(demos), read(questions)
     if not command or not shutil.which(command[0]):
         raise ValueError(f"--assistant is {assistant!r}: give a program and its flags")
@@ -615,7 +607,7 @@ def check(labelled, truth):
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="data.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    add = commands.add_parser("show", help="what is understood of a file").add_argument
+    add = commands.add_parser("show", help="draw what is understood").add_argument
     add("file")
     add("--row", type=int, help="line of the example to draw")
     add = commands.add_parser("generate", help="examples of a game").add_argument
