@@ -12,7 +12,7 @@ import subprocess
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import groupby, islice, pairwise, product
+from itertools import groupby, pairwise
 from unicodedata import normalize
 
 import tiktoken
@@ -167,38 +167,31 @@ def generate(game, n, ood=False, seed=0, exclude=()):
 # One value each: 8, -6.9, .5, 1,000, 1/3, 7:50, 0-100, 2024-05-06, 1e-5. None: PM2.5, B12, F-16.
 NUMBER = re.compile(r"(?<!\w)(?<!\d[.,:/–-])(?<![^\W\d_]-)"  # not within a word or number
                     r"[-−]?\.?\d+(?:[.,:/–-]\d+)*(?:[eE][-+]?\d+)?")
+# a place inside a word ("he" in "the") or a number ("5" in "2.5" or "-5")
+INSIDE = re.compile(r"(?<=\w)(?=\w)|(?<=\W[-−.])(?=\d)"
+                    r"|(?<=\d[.,:/–-])(?=\d)|(?<=\d)(?=[.,:/–-]\d)")
 QUOTES = str.maketrans("‘’‚′“”„″", "''''" + '""""')
 MANY = 100  # a phrase that stands at more places says nothing about any of them
+compiled = lru_cache(maxsize=10_000)(re.compile)
 
 
-@lru_cache(maxsize=10_000)
-def phrase_pattern(phrase, whole, flags):
-    """A phrase in any white space; whole: with no end inside a word ("he" in "the") or number ("5"
-    in "2.5")."""
-    pattern = r"\s+".join(map(re.escape, phrase.split()))
-    if whole and re.match(r"[-−.]?\w", phrase):
-        pattern = r"(?<!\w)" + pattern
-    if whole and re.match(r"\d", phrase):
-        pattern = r"(?<!\d[.,:/–-])(?<!\W[-−.])" + pattern
-    if whole and re.search(r"\w$", phrase):
-        pattern += r"(?!\w)"
-    if whole and re.search(r"\d$", phrase):
-        pattern += r"(?![.,:/–-]\d)"
-    return re.compile(pattern, flags)
-
-
-def find(text, phrase, notes, starts=(0,)):
-    """The spans of a phrase from the first of the starts where it stands: whole, as written or in
-    any case; else inside words. Notes a phrase "inside words" or "not found"."""
-    text, alike = text.translate(QUOTES), normalize("NFC", phrase).translate(QUOTES).strip()
-    for whole, start, flags in product((True, False), starts, (0, re.I)) if alike else ():
-        matches = phrase_pattern(alike, whole, flags).finditer(text[start:])
-        spans = [(start + m.start(), start + m.end()) for m in islice(matches, MANY + 1)]
-        if 0 < len(spans) <= MANY:
-            notes += [] if whole else [("inside words", phrase)]
-            return spans
-    notes.append(("not found", phrase))
-    return []
+def find(text, phrase, notes, target=math.inf):
+    """The spans of a phrase in any white space and quotes: whole, or else inside words; if any is
+    there, from where the target starts; as written, or else in any case. Notes a phrase "inside
+    words" or "not found"."""
+    text = text.translate(QUOTES)
+    words = normalize("NFC", phrase).translate(QUOTES).split()
+    pattern = compiled(r"\s+".join(map(re.escape, words)), re.I)
+    fits = defaultdict(list)  # how well each span fits
+    for a, b in (match.span() for match in pattern.finditer(text if words else "")):
+        whole = (a == target or not INSIDE.match(text, a)) and not INSIDE.match(text, b)
+        fits[whole, a >= target, text[a:b].split() == words].append((a, b))
+    best = max(fits, default=None)
+    if not 0 < len(fits[best]) <= MANY:
+        notes.append(("not found", phrase))
+        return []
+    notes += [] if best[0] else [("inside words", phrase)]
+    return fits[best]
 
 
 def phrases_to_edges(example):
@@ -211,7 +204,7 @@ def phrases_to_edges(example):
     text, n = example.input + example.target, len(example.input)
     edges, notes = [], []
     for effect, causes in (pair for group in example.important for pair in group.items()):
-        effects = find(text, effect, notes, (n, 0))
+        effects = find(text, effect, notes, n)
         for cause in causes if effects else ():
             spans = find(text, cause, notes)
             before = [(e, c) for e in effects for c in spans if c[1] <= e[0]]
@@ -395,7 +388,7 @@ def character_tokens(tokenizer, tokens):
 def token_edges(edges, offsets):
     """Edges between spans as sorted (query, key) pairs of tokens, for any tokenizer.
 
-    offsets: [(start, end)] of the tokens in characters, as fast tokenizers return them; (0, 0) is no
+    offsets: [(start, end)] of the tokens in characters, as fast tokenizers return; (0, 0) is no
     text. A decoder predicts token t + 1 at position t: an effect on tokens s..e gives edges to the
     queries s-1..e-1. Keys are the cause's tokens before s."""
     pairs = set()
@@ -406,7 +399,7 @@ def token_edges(edges, offsets):
 
 
 def narrow(text, span, how="value"):
-    """The numbers in a span, "8" in "Smoking: 8", as spans; without any, or as "span", it itself."""
+    """The spans of numbers in a span, "8" in "Smoking: 8"; without any, or as "span", the span."""
     numbers = [number.span() for number in NUMBER.finditer(text, *span)]
     return numbers if numbers and how != "span" else [span]
 
@@ -511,11 +504,10 @@ def show(examples, row=None):
     return "\n".join([example.input + example.target, *dict.fromkeys(lines)])
 
 
-INSTRUCTION = """Each line below is a text as JSON: an input and the target that follows it.
-"important" says which phrases decide which later ones, as [{effect: [causes]}]; the effect is
-most often the target. Copy phrases from the text letter by letter. A cause stands before its
-effect; what merely goes along with an effect is no cause. Reply with the "important" of the last
-line alone.
+INSTRUCTION = """Each line below is JSON: an input and the target that follows it. "important" says
+which phrases decide which later ones, [{effect: [causes]}]; the effect is most often the target.
+Copy phrases letter by letter. A cause stands before its effect; what merely goes along with an
+effect is none. Reply with the "important" of the last line alone.
 
 """
 
@@ -541,8 +533,8 @@ def parse_reply(reply, example):
 
 
 def answered(path):
-    """{(input, target)} of an output so far. A last line that a kill has cut is cut off."""
-    with open(path, "a+b") as file:  # a path that cannot be written is an error now
+    """{(input, target)} of an output so far, less a last line that a kill has cut."""
+    with open(path, "a+b") as file:  # raises now where nothing can be written
         file.seek(0)
         content = file.read()
     whole, newline, last = content.rpartition(b"\n")
@@ -559,30 +551,30 @@ def annotate(questions, demos, assistant, out, time_limit=60):
     reply in time_limit seconds, tried three times an example. Each answer is a line of out at once,
     without labels if no reply is of use; what stands there is not asked again. ValueError, OSError.
     """
-    command, (shown, _), (examples, _) = shlex.split(assistant), read(demos), read(questions)
+    command, demos, examples = shlex.split(assistant), read(demos)[0], read(questions)[0]
     if not command or not shutil.which(command[0]):
         raise ValueError(f"--assistant is {assistant!r}: give a program and its flags")
-    for demo in shown:
+    for demo in demos:
         if not phrases_to_edges(demo)[0]:
             raise ValueError(f'{demo.source}: no usable "important": give phrases of the text')
-    prompt, done, problems = INSTRUCTION + "".join(map(dump, shown)), answered(out), []
+    prompt, done, problems = INSTRUCTION + "".join(map(dump, demos)), answered(out), []
     todo = {(e.input, e.target): e for e in examples if (e.input, e.target) not in done}
     for example in tqdm(todo.values(), disable=None):
-        question = prompt + dump(replace(example, important=(), spurious=()))
-        for _ in range(3):
+        labelled = question = replace(example, important=(), spurious=())
+        for attempt in range(3):
             try:
-                reply = subprocess.run(command, input=question, capture_output=True, check=True,
-                                       timeout=time_limit, encoding="utf-8", errors="replace")
+                reply = subprocess.run(command, input=prompt + dump(question), timeout=time_limit,
+                                       capture_output=True, check=True, encoding="utf-8")
                 labelled = parse_reply(reply.stdout, example)
                 break
             except (ValueError, RecursionError, subprocess.SubprocessError) as error:
-                problem, labelled = f"{example.source}: {error}", replace(example, important=())
+                problem = f"{example.source}: {error}"
         else:
             problems.append(problem)
         with open(out, "a", encoding="utf-8") as file:
             file.write(dump(labelled))
-    print(f"{read(out)[1]}; {len(problems)} asked now have no usable reply", *problems[:1],
-          sep=", such as ")
+    print(read(out)[1])
+    print(f"{len(problems)} asked now have no usable reply", *problems[:1], sep=", such as ")
 
 
 def check(labelled, truth):
@@ -610,13 +602,13 @@ def main(argv=None):
     add = commands.add_parser("show", help="draw what is understood").add_argument
     add("file")
     add("--row", type=int, help="line of the example to draw")
-    add = commands.add_parser("generate", help="examples of a game").add_argument
+    add = commands.add_parser("generate", help="write examples of a game").add_argument
     add("game", choices=GAMES)
     add("--rows", type=int, default=1600)
     add("--ood", action="store_true", help="spurious features stop copying")
     add("--seed", type=int, default=0)
     add("--out", required=True)
-    add = commands.add_parser("annotate", help="labels by an assistant").add_argument
+    add = commands.add_parser("annotate", help="label by an assistant").add_argument
     add("questions")
     add("--demos", required=True, help="examples labelled by hand")
     add("--assistant", required=True, help="command that reads a prompt and prints a reply")
@@ -629,14 +621,13 @@ def main(argv=None):
     try:
         if args.command == "generate":
             examples = generate(GAMES[args.game], args.rows, args.ood, args.seed)
-            save(args.out, "".join(map(dump, examples)).encode())
-        elif args.command == "annotate":
-            annotate(args.questions, args.demos, args.assistant, args.out, args.time_limit)
-        else:
-            examples, summary = read(args.file)
-            print(summary)
-            print(show(examples, args.row) if args.command == "show"
-                  else check(examples, read(args.against)[0]))
+            return save(args.out, "".join(map(dump, examples)).encode())
+        if args.command == "annotate":
+            return annotate(args.questions, args.demos, args.assistant, args.out, args.time_limit)
+        examples, summary = read(args.file)
+        print(summary)
+        print(show(examples, args.row) if args.command == "show"
+              else check(examples, read(args.against)[0]))
     except (ValueError, OSError) as error:
         parser.exit(2, f"data.py: {error}\n")
     except KeyboardInterrupt:
