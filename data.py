@@ -20,9 +20,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-ROLES = ("other", "causal", "spurious")  # a token's role is stored as its index here
+ROLES = ("other", "causal", "spurious")  # of a token, stored as the index here
 EDGES = ("value", "span", "spurious", "random")  # what is called causal, see `narrow_edges`
-END = "<|endoftext|>"  # closes every answer, so that a greedy answer knows where to stop
+END = "<|endoftext|>"  # closes every answer
 
 
 @dataclass(frozen=True)
@@ -135,10 +135,10 @@ def generate(game, n, ood=False, seed=0, exclude=()):
     rng, examples = random.Random(f"{game.name} {ood} {seed}"), []
     before, after = game.question.split("{features}")
 
-    def numbers(example):  # in whatever order
-        return frozenset(re.split("[.,;] ", example.input[len(before):-len(after)]))
+    def phrases(example):  # in whatever order
+        return frozenset(re.split("[.,;] ", example.input.removeprefix(before).removesuffix(after)))
 
-    seen = {numbers(example) for example in exclude}
+    seen = {phrases(example) for example in exclude}
     for _ in range(1000 + 100 * n):
         value = {f.name: draw(f, rng) + rng.gauss(0, f.noise)
                  for f in game.causal + game.irrelevant}
@@ -156,8 +156,8 @@ def generate(game, n, ood=False, seed=0, exclude=()):
             text = ", ".join(rng.sample(causal + spurious + irrelevant, len(value)))
         answer = game.answer(sum(f.weight * value[f.name] for f in game.causal))
         example = Example(before + text + after, answer, ({answer: causal},), tuple(spurious))
-        if numbers(example) not in seen:
-            seen.add(numbers(example))
+        if phrases(example) not in seen:
+            seen.add(phrases(example))
             examples.append(example)
         if len(examples) == n:
             return examples
@@ -302,7 +302,7 @@ def hold_out(examples, share, seed):
     places; the answer stays true. None that lost a phrase. ValueError when a part would be empty.
     """
     rng, inputs = random.Random(seed), sorted({example.input for example in examples})
-    n = max(1, round(share * len(inputs))) if 0 < share < 1 else 0
+    n = round(share * len(inputs))
     if not 0 < n < len(inputs):
         raise ValueError(f"--val is {share:g}: give a share between 0 and 1, and more examples")
     held_out, ood = set(rng.sample(inputs, n)), []
@@ -310,9 +310,9 @@ def hold_out(examples, share, seed):
     before, after = map(len, fixed_question(examples))
     for example in iid:
         edges, *_, notes = phrases_to_edges(example)
-        fixed = [(0, before), (len(example.input) - after, len(example.input))]
-        fixed += [cause for _, cause in edges]
-        numbers = [number.span() for number in NUMBER.finditer(example.input)]
+        end = len(example.input)
+        fixed = [(0, before), (end - after, end), *(cause for _, cause in edges)]
+        numbers = (number.span() for number in NUMBER.finditer(example.input))
         free = [number for number in numbers if not overlapping(number, fixed)]
         moved = replace(example, input=permute(example.input, free, rng), spurious=())
         if edges and "not found" not in dict(notes) and moved.input != example.input:
@@ -419,15 +419,6 @@ def narrow_edges(text, edges, spurious, how, rng):
     return [(effect, key) for effect in keys for key in keys[effect]]
 
 
-SEPARATOR = re.compile(rf"(?s).*(?:[,;.?!]\s|\n|{NUMBER.pattern})\s*")
-
-
-def item_of(text, span):
-    """The item that a span ends, from the separator or number before it: "Smoking: 8" for "8"."""
-    before = SEPARATOR.match(text, 0, span[0])
-    return before.end() if before else 0, span[1]
-
-
 @dataclass(frozen=True)
 class Dataset:
     """N encoded examples, padded on the right to the longest, T tokens; a batch is cut from it."""
@@ -438,8 +429,12 @@ class Dataset:
     targets: torch.Tensor  # (N, T) the token after each position, -100 where there is none
     answer: torch.Tensor  # (N, T) bool: positions that predict a token of the answer, END included
     role: torch.Tensor  # (N, T) index into ROLES
-    item: torch.Tensor  # (N, T) where the item of a cause or effect token starts; else its end
+    item: torch.Tensor  # (N, T) where the item of a cause or effect token starts; else no token
     edges: torch.Tensor  # (N, E, 2) query and key of each edge, T where there is none
+
+
+# what stands before an item, up to a separator or number: the item of "8" is "Smoking: 8"
+BEFORE_ITEM = re.compile(rf"(?s)(?:.*(?:[,;.?!]\s|\n|{NUMBER.pattern})\s*)?")
 
 
 def encode(examples, tokenizer, edges="value", device="cpu", seed=0):
@@ -458,7 +453,8 @@ def encode(examples, tokenizer, edges="value", device="cpu", seed=0):
                     role[t] = r
         links = narrow_edges(text, links, spurious, edges, rng)
         for span in {span for link in links for span in link}:
-            inside = overlapping(item_of(text, span), offsets)
+            start = BEFORE_ITEM.match(text, 0, span[0]).end()
+            inside = overlapping((start, span[1]), offsets)
             for t in inside:
                 item[t] = min(item[t], inside[0])
         pairs = torch.tensor(token_edges(links, offsets), dtype=torch.long).view(-1, 2)
@@ -522,10 +518,11 @@ def parse_reply(reply, example):
         value, end = json.JSONDecoder(object_pairs_hook=as_lists).raw_decode(rest)
         objects += value if isinstance(value, list) else [value]
         rest = rest[end:].lstrip(", \r\n\t")
-    others = [value for value in objects if value.get("input", [example.input]) != [example.input]]
-    if others or "{" in rest or "<think>" in reply or len(reply) > 20_000:
+    mine = [value for value in objects if isinstance(value, dict)
+            and value.get("input", [example.input]) == [example.input]]
+    if mine != objects or "{" in rest or "<think>" in reply or len(reply) > 20_000:
         raise ValueError("a draft, another text, words in between or over 20,000 characters")
-    important = [group for value in objects for group in value.get("important", [value])]
+    important = [group for value in mine for group in value.get("important", [value])]
     labelled = parse_example(dump(replace(example, important=important)), example.source)
     if not phrases_to_edges(labelled)[0]:
         raise ValueError("no {effect: [causes]} of phrases in the text")
@@ -560,17 +557,16 @@ def annotate(questions, demos, assistant, out, time_limit=60):
     prompt, done, problems = INSTRUCTION + "".join(map(dump, demos)), answered(out), []
     todo = {(e.input, e.target): e for e in examples if (e.input, e.target) not in done}
     for example in tqdm(todo.values(), disable=None):
-        labelled = question = replace(example, important=(), spurious=())
-        for attempt in range(3):
+        question = prompt + dump(Example(example.input, example.target))
+        labelled, failed = replace(example, important=()), []
+        while not labelled.important and len(failed) < 3:
             try:
-                reply = subprocess.run(command, input=prompt + dump(question), timeout=time_limit,
-                                       capture_output=True, check=True, encoding="utf-8")
-                labelled = parse_reply(reply.stdout, example)
-                break
+                reply = subprocess.run(command, input=question, timeout=time_limit, check=True,
+                                       capture_output=True, encoding="utf-8").stdout
+                labelled = parse_reply(reply, example)
             except (ValueError, RecursionError, subprocess.SubprocessError) as error:
-                problem = f"{example.source}: {error}"
-        else:
-            problems.append(problem)
+                failed.append(f"{example.source}: {error}")
+        problems += failed[2:]  # of the third and last try
         with open(out, "a", encoding="utf-8") as file:
             file.write(dump(labelled))
     print(read(out)[1])
@@ -581,19 +577,21 @@ def check(labelled, truth):
     """How well labelled Examples have the edges of the true ones with the same texts, and the three
     worst, as text."""
     gold = {(e.input, e.target): set(phrases_to_edges(e)[0]) for e in truth}
-    tp, compared = 0, []  # (source, missing phrases, phrases too many)
+    compared, tp, fp, fn = [], 0, 0, 0
     for e in labelled:
         if (e.input, e.target) in gold:
-            true, edges = gold[e.input, e.target], set(phrases_to_edges(e)[0])
-            tp += len(true & edges)
-            compared.append((e.source, *([(e.input + e.target)[slice(*c)] for _, c in sorted(part)]
-                                         for part in (true - edges, edges - true))))
-    fn, fp = (sum(len(example[k]) for example in compared) for k in (1, 2))
-    worst = sorted(compared, key=lambda example: -len(example[1]) - len(example[2]))[:3]
-    return "\n".join([f"{len(compared)} of {len(labelled)} examples have true labels",
-                      f"edges: precision {tp / max(tp + fp, 1):.3f}, recall "
-                      f"{tp / max(tp + fn, 1):.3f}, F1 {2 * tp / max(2 * tp + fp + fn, 1):.3f}",
-                      *("{}: missing {}, too many {}".format(*example) for example in worst)])
+            edges, true = set(phrases_to_edges(e)[0]), gold[e.input, e.target]
+            missing, extra = ([(e.input + e.target)[start:end] for _, (start, end) in sorted(part)]
+                              for part in (true - edges, edges - true))
+            tp, fp, fn = tp + len(true & edges), fp + len(extra), fn + len(missing)
+            compared.append((len(missing + extra),
+                             f"{e.source}: missing {missing}, too many {extra}"))
+    precision, recall = tp / max(tp + fp, 1), tp / max(tp + fn, 1)
+    f1 = 2 * tp / max(2 * tp + fp + fn, 1)
+    worst = sorted(compared, key=lambda pair: -pair[0])[:3]
+    return "\n".join([f"{len(compared)} of {len(labelled)} examples have true labels; edges: "
+                      f"precision {precision:.3f}, recall {recall:.3f}, F1 {f1:.3f}",
+                      *(text for _, text in worst)])
 
 
 def main(argv=None):
