@@ -161,7 +161,7 @@ def generate(game, n, ood=False, seed=0, exclude=()):
             examples.append(example)
         if len(examples) == n:
             return examples
-    raise ValueError(f"{n} examples of {game.name}: give at least 1, or fewer than it has")
+    raise ValueError(f"rows is {n}: give at least 1; {game.name} has too few different examples")
 
 
 # One value each: 8, -6.9, .5, 1,000, 1/3, 7:50, 0-100, 2024-05-06, 1e-5. None: PM2.5, B12, F-16.
@@ -182,8 +182,8 @@ def find(text, phrase, notes, target=math.inf):
     text = text.translate(QUOTES)
     words = normalize("NFC", phrase).translate(QUOTES).split()
     pattern = compiled(r"\s+".join(map(re.escape, words)), re.I)
-    fits = defaultdict(list)  # how well each span fits
-    for a, b in (match.span() for match in pattern.finditer(text if words else "")):
+    fits = defaultdict(list)  # {how well: spans}
+    for a, b in (match.span() for match in pattern.finditer(text) if match[0]):
         whole = (a == target or not INSIDE.match(text, a)) and not INSIDE.match(text, b)
         fits[whole, a >= target, text[a:b].split() == words].append((a, b))
     best = max(fits, default=None)
@@ -535,7 +535,7 @@ def answered(path):
         file.seek(0)
         content = file.read()
     whole, newline, last = content.rpartition(b"\n")
-    if last.startswith(b'{"input": "'):
+    if last and b'{"input": "'.startswith(last[:11]):
         content = whole + newline + (last + b"\n" if last.endswith(b"}") else b"")
         save(path, content)
     return {(e.input, e.target) for e in read(path)[0]} if content else set()
