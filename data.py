@@ -491,13 +491,10 @@ def show(examples, row=None):
     if row and not wanted:
         raise ValueError(f"--row is {row}: give the line of an example")
     example = (wanted or examples)[0]
-    tokenizer = build_tokenizer(e.input + e.target for e in examples)
-    data = encode([example], tokenizer)
-    token = {t: f"{text!r} at {ts[0]}"
-             for text, ts in character_tokens(tokenizer, data.idx[0].tolist()) for t in ts}
-    lines = [f"{token[query]} predicts {token[query + 1]} and should look at {token[key]}"
-             for query, key in data.edges[0].tolist()]
-    return "\n".join([example.input + example.target, *dict.fromkeys(lines)])
+    text = example.input + example.target
+    edges = narrow_edges(text, phrases_to_edges(example)[0], (), "value", None)
+    return "\n".join([text, *(f"{text[a:b]!r} at {a} should look at {text[c:d]!r} at {c}"
+                              for (a, b), (c, d) in edges)])
 
 
 INSTRUCTION = """Each line below is JSON: an input and the target that follows it. "important" says
