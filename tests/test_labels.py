@@ -60,7 +60,7 @@ RISK = "Weight: 4, Smoking: 8, high risk? Answer: ", "High Risk"
     (RISK, [{"high risk": ["Weight"]}], [("High Risk", 42, "Weight", 0)], []),  # the target first
     (RISK, [{"Smoking": ["Weight", "high risk"]}, {"No": ["Weight"]}],
      [("Smoking", 11, "Weight", 0)], [("late", "high risk"), ("not found", "No")]),
-    (("5 and 5 Answer: ", "5"), [{"5": ["5"]}], [("5", 16, "5", 0), ("5", 16, "5", 6)], []),
+    (("5 and 5 Answer: ", "5"), [{"5": ["5", "5"]}], [("5", 16, "5", 0), ("5", 16, "5", 6)], []),
     (("Room: 3 Answer: ", "32"), [{"Answer: 32": ["3"]}], [("Answer: 32", 8, "3", 6)], []),
     (("It is", "positive"), [{"positive": ["It"]}], [("positive", 5, "It", 0)], []),
     # a cause that overlaps its effect is none
@@ -78,8 +78,8 @@ def test_phrases_become_edges(texts, important, edges, notes):
 
 
 def test_a_cause_that_is_called_spurious_too_is_a_cause():
-    example = Example("Age: 7, Room: 5, Tax: 6 ", "x", ({"x": ["Age: 7", "Tax: 6"]},),
-                      ("7", "Room: 5"))
+    example = Example("Age: 7, Room: 5, Tax: 6 ", "y", ({"y": ["Age: 7", "Tax: 6"]},),
+                      ("7", "Room: 5", "y"))  # and the answer has no role
     dataset = encode([example], build_tokenizer([example.input]))
     assert [role for role in dataset.role[0].tolist() if role] == [1, 2, 1]
 
