@@ -136,7 +136,8 @@ def generate(game, n, ood=False, seed=0, exclude=()):
     before, after = game.question.split("{features}")
 
     def phrases(example):  # in whatever order
-        return frozenset(re.split("[.,;] ", example.input.removeprefix(before).removesuffix(after)))
+        text = example.input.removeprefix(before).removesuffix(after)
+        return frozenset(re.split("[.,;] ", text))
 
     seen = {phrases(example) for example in exclude}
     for _ in range(1000 + 100 * n):
@@ -190,7 +191,8 @@ def find(text, phrase, notes, target=math.inf):
     if not 0 < len(fits[best]) <= MANY:
         notes.append(("not found", phrase))
         return []
-    notes += [] if best[0] else [("inside words", phrase)]
+    if not best[0]:
+        notes.append(("inside words", phrase))
     return fits[best]
 
 
@@ -209,7 +211,8 @@ def phrases_to_edges(example):
             spans = find(text, cause, notes)
             before = [(e, c) for e in effects for c in spans if c[1] <= e[0]]
             edges += before
-            notes += [("late", cause)] if spans and not before else []
+            if spans and not before:
+                notes.append(("late", cause))
     edges = list(dict.fromkeys(edges))  # each once
     spurious = [span for phrase in example.spurious for span in find(text[:n], phrase, notes)]
     return edges, [cause for effect, cause in edges if effect[1] > n], spurious, notes
@@ -249,11 +252,11 @@ def read(path):
     counts, unused = Counter(), defaultdict(list)
     for example in examples:
         edges, causal, _, notes = phrases_to_edges(example)
-        counts.update({"edges": bool(edges), "edges at the answer": bool(causal)})
+        counts.update({"with edges": bool(edges), "with edges at the answer": bool(causal)})
         for what, phrase in notes:
             unused[what].append(f"{phrase!r} in {example.source}")
     return examples, "; ".join([
-        f"{path}: {len(examples)} examples", *(f"{n} with {what}" for what, n in counts.items()),
+        f"{path}: {len(examples)} examples", *(f"{n} {what}" for what, n in counts.items()),
         *(f"{len(found)} phrases {what}, such as {found[0]}" for what, found in unused.items())])
 
 

@@ -6,9 +6,9 @@ from collections import Counter
 
 import pytest
 
-from data import (GAMES, NUMBER, STG, STG_H, Example, build_tokenizer, dump, encode, find, generate,
-                  hold_out, main, parse_example, phrases_to_edges, read, redraw_spurious, reorder,
-                  save, show)
+from data import (GAMES, NUMBER, STG, STG_H, Example, build_tokenizer, dump, encode, find,
+                  fixed_question, generate, hold_out, main, parse_example, phrases_to_edges, read,
+                  redraw_spurious, reorder, save, show)
 
 
 @pytest.mark.parametrize("text, numbers", [
@@ -158,6 +158,8 @@ def test_hold_out_breaks_copies_and_keeps_causes_answers_and_edges():
 
 
 def test_hold_out_never_moves_the_question():
+    ages = [Example(f"Age: {age} ", "x") for age in ("10 or 20", "15 or 30")]
+    assert fixed_question(ages) == ("Age: ", " ")  # in whole words
     question = STG_H.question.split("{features}")[1]
     ood = hold_out(generate(STG_H, 100, seed=8), 0.5, 1)[2]
     assert len(ood) > 40 and all(e.input.endswith(question) for e in ood)
