@@ -186,6 +186,8 @@ def test_hold_out_uses_no_example_that_lost_a_phrase_and_splits_no_twins():
     assert lost
     words = [Example(f"word{'x' * n} ", "y") for n in range(9)]
     assert hold_out(words, 0.3, 0)[2] == []  # no numbers, no OOD that is IID's twin
+    unknown = [Example(f"{n} and {n + 1} ", "y") for n in range(9)]  # any may be a cause
+    assert hold_out(unknown, 0.3, 0)[2] == []
     for share in (0, 1, 2, 0.99):
         with pytest.raises(ValueError, match=f"--val is {share}: give"):
             hold_out(words, share, 0)
