@@ -87,13 +87,13 @@ def re_attention_loss(attn, adjacency, alpha=None, form="hinge", mask=None, redu
 
     A mean is content with one key: c is the same whether n keys share the attention or one has it
     all, and nothing pulls at the rest. Only `each` and `uniform` ask for every key.
-    Returns a scalar, exactly 0 with a zero gradient when no query counts; with reduction="none" the
+    Returns a scalar, 0 with zero gradient when no query counts; with reduction="none" the
     (R,) penalties. NaN at keys that count shows, elsewhere it changes nothing.
     Raises ValueError for a wrong alpha, form or reduction, and as `attention_ratio`."""
     if form not in FORMS:
         raise ValueError(f"form is {form!r}: choose one of {', '.join(FORMS)}")
     if form != "uniform" and (alpha is None or not 0 < alpha < math.inf):
-        raise ValueError(f"alpha is {alpha}: give the ratio to reach, a finite number above 0")
+        raise ValueError(f"alpha is {alpha}: give the ratio to reach, a finite number over 0")
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction is {reduction!r}: choose mean or none")
     attn, causal_keys, other_keys = supervised_attention(attn, adjacency, mask)

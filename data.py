@@ -1,5 +1,5 @@
-"""Data: the Spurious Token Game, phrases to token adjacency, JSON Lines, tokenizer and batches;
-last, to be skipped at first, labels by an assistant and the sub-commands."""
+"""Data: the Spurious Token Game; phrases to token adjacency; JSON Lines, tokenizer and batches.
+Last, to be skipped at first: labels by an assistant, and the sub-commands."""
 import argparse
 import json
 import math
@@ -9,23 +9,20 @@ import re
 import shlex
 import shutil
 import subprocess
-import threading
-import unicodedata
-from array import array
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import accumulate, islice, pairwise, product
+from itertools import groupby, pairwise
+from unicodedata import normalize
 
-import numpy as np
 import tiktoken
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-ROLES = ("other", "causal", "spurious")  # a token's role is stored as its index here
+ROLES = ("other", "causal", "spurious")  # of a token, stored as the index here
 EDGES = ("value", "span", "spurious", "random")  # what is called causal, see `narrow_edges`
-END = "<|endoftext|>"  # closes every answer, so that a greedy answer knows where to stop
+END = "<|endoftext|>"  # closes every answer
 
 
 @dataclass(frozen=True)
@@ -44,37 +41,36 @@ class Feature:
 
 @dataclass(frozen=True)
 class Game:
-    """A Spurious Token Game, the paper's synthetic benchmark: causal features decide the answer,
-    spurious ones copy them until they are out of distribution (OOD). ValueError for a mistake."""
+    """A Spurious Token Game, the paper's benchmark: causal features decide the answer, spurious
+    ones copy them until they are out of distribution (OOD). ValueError for a mistake."""
     name: str
     causal: tuple
     spurious: tuple
     irrelevant: tuple
     question: str  # {features} stands for the numbers; the answer follows
-    bands: tuple = ()  # ((lowest score, answer), ...), highest first; or
-    scale: tuple = ()  # (low, high): the score is answered as a whole number, 0 (low) to 100 (high)
+    bands: tuple = ()  # answer by score: ((lowest, answer), ...), highest first; or
+    scale: tuple = ()  # (low, high): answer 0 for a score of low to 100 for one of high
     shuffle: bool = True  # each example has its own order; else causal, spurious, irrelevant
     steps: int = 1500  # of training that it needs
 
     def __post_init__(self):
         causes, lows = [f.name for f in self.causal], [low for low, _ in self.bands]
-        wrong = [f"{f.name} is {f.low} to {f.high}: lower first"
-                 for f in self.causal + self.spurious + self.irrelevant if f.low > f.high]
-        wrong += [f"{f.name} copies {f.copies!r}: give one of {', '.join(causes)}"
-                  for f in self.spurious if f.copies not in causes]
+        for f in self.causal + self.spurious + self.irrelevant:
+            if f.low > f.high:
+                raise ValueError(f"{self.name}: {f.name} is {f.low} to {f.high}: lower first")
+        for f in self.spurious:
+            if f.copies not in causes:
+                raise ValueError(f"{self.name}: {f.name} copies {f.copies!r}: give one of {causes}")
         if self.question.count("{features}") != 1:
-            wrong.append("write {features} once in the question")
+            raise ValueError(f"{self.name}: write {{features}} once in the question")
         if not self.scale and lows != sorted({*lows, -math.inf}, reverse=True):
-            wrong.append(f"bands from {lows}: give the highest first and -math.inf last")
-        if wrong:
-            raise ValueError(f"{self.name}: {wrong[0]}")
+            raise ValueError(f"{self.name}: bands from {lows}: highest first, -math.inf last")
 
     def answer(self, score):
-        """The answer to a score: its band's, or its place on the scale."""
-        if self.scale:
-            low, high = self.scale
-            return str(round(100 * (min(max(score, low), high) - low) / (high - low)))
-        return next(answer for lowest, answer in self.bands if round(score, 6) >= lowest)
+        if self.bands:
+            return next(answer for lowest, answer in self.bands if round(score, 6) >= lowest)
+        low, high = self.scale
+        return str(round(100 * (min(max(score, low), high) - low) / (high - low)))
 
 
 STG = Game(
@@ -122,171 +118,146 @@ class Example:
     """One question with its answer: a line of a JSON Lines file."""
     input: str
     target: str
-    important: tuple = ()  # ({effect phrase: [cause phrases]}, ...), the paper's causal supervision
+    important: tuple = ()  # ({effect phrase: [cause phrases]}, ...)
     spurious: tuple = ()  # phrases that merely go along with the answer, where known
     source: str = ""  # "file:line", for messages
 
 
 def draw(feature, rng):
-    if feature.noise or feature.decimals:
-        return rng.uniform(feature.low, feature.high)
-    return rng.randint(feature.low, feature.high)
+    whole = not (feature.noise or feature.decimals)
+    return (rng.randint if whole else rng.uniform)(feature.low, feature.high)
 
 
 def generate(game, n, ood=False, seed=0, exclude=()):
-    """n Examples of a game, no two with the same numbers; the same arguments give the same ones.
-
-    ood: the spurious features are drawn on their own instead of copying. exclude: Examples whose
-    numbers must not come up again. ValueError for n < 1 or more than the game has."""
-    if n < 1:
-        raise ValueError(f"rows is {n}: give at least 1")
+    """n Examples of a game, no two with the same numbers, none with those of `exclude`; the same
+    arguments give the same ones. ood: spurious features are drawn on their own instead of copying.
+    ValueError for n < 1 or more than the game has."""
     rng, examples = random.Random(f"{game.name} {ood} {seed}"), []
-    begin, end = map(len, game.question.split("{features}"))
-    key = lambda e: tuple(sorted(re.split("[.,;] ", e.input[begin:len(e.input) - end])))
-    seen = {key(example) for example in exclude}
+    before, after = game.question.split("{features}")
+
+    def phrases(example):  # in whatever order
+        text = example.input.removeprefix(before).removesuffix(after)
+        return frozenset(re.split("[.,;] ", text))
+
+    seen = {phrases(example) for example in exclude}
     for _ in range(1000 + 100 * n):
-        value = {f: draw(f, rng) + rng.gauss(0, f.noise) for f in game.causal + game.irrelevant}
-        causes = {f.name: value[f] for f in game.causal}
+        value = {f.name: draw(f, rng) + rng.gauss(0, f.noise)
+                 for f in game.causal + game.irrelevant}
         for f in game.spurious:
-            copy = f.ratio * causes[f.copies]
-            value[f] = (draw(f, rng) if ood else copy + rng.gauss(0, f.noise) if f.noise
-                        else math.floor(copy))
-        answer = game.answer(sum(f.weight * value[f] for f in game.causal))
-        groups = [[f"{f.name}: {value[f]:.{f.decimals}f}{f.unit}" for f in group]
-                  for group in (game.causal, game.spurious, game.irrelevant)]
-        phrases = sum(groups, [])
-        text = (", ".join(rng.sample(phrases, len(phrases))) if game.shuffle
-                else ". ".join("; ".join(group) for group in groups))
-        example = Example(game.question.replace("{features}", text), answer,
-                          ({answer: groups[0]},), tuple(groups[1]))
-        if key(example) not in seen:
-            seen.add(key(example))
+            copy = f.ratio * value[f.copies]
+            if ood:
+                value[f.name] = draw(f, rng)
+            else:
+                value[f.name] = copy + rng.gauss(0, f.noise) if f.noise else math.floor(copy)
+        causal, spurious, irrelevant = groups = [
+            [f"{f.name}: {value[f.name]:.{f.decimals}f}{f.unit}" for f in group]
+            for group in (game.causal, game.spurious, game.irrelevant)]
+        text = ". ".join("; ".join(group) for group in groups)
+        if game.shuffle:
+            text = ", ".join(rng.sample(causal + spurious + irrelevant, len(value)))
+        answer = game.answer(sum(f.weight * value[f.name] for f in game.causal))
+        example = Example(before + text + after, answer, ({answer: causal},), tuple(spurious))
+        if phrases(example) not in seen:
+            seen.add(phrases(example))
             examples.append(example)
-            if len(examples) == n:
-                return examples
-    raise ValueError(f"{game.name} has too few different examples for {n}: ask for fewer")
+        if len(examples) == n:
+            return examples
+    raise ValueError(f"rows is {n}: give at least 1; {game.name} has too few different examples")
 
 
 # One value each: 8, -6.9, .5, 1,000, 1/3, 7:50, 0-100, 2024-05-06, 1e-5. None: PM2.5, B12, F-16.
 NUMBER = re.compile(r"(?<!\w)(?<!\d[.,:/–-])(?<![^\W\d_]-)"  # not within a word or number
                     r"[-−]?\.?\d+(?:[.,:/–-]\d+)*(?:[eE][-+]?\d+)?")
-QUOTES = {quote: f"[{alike}]" for alike in ("'‘’‚′", '"“”„″') for quote in alike}
+# a place inside a word ("he" in "the") or a number ("5" in "2.5" or "-5")
+INSIDE = re.compile(r"(?<=\w)(?=\w)|(?<=\W[-−.])(?=\d)"
+                    r"|(?<=\d[.,:/–-])(?=\d)|(?<=\d)(?=[.,:/–-]\d)")
+QUOTES = str.maketrans("‘’‚′“”„″", "''''" + '""""')
 MANY = 100  # a phrase that stands at more places says nothing about any of them
+compiled = lru_cache(maxsize=10_000)(re.compile)
 
 
-def numbers_in(text, span):
-    """The spans of the numbers in a span of text."""
-    return [number.span() for number in NUMBER.finditer(text, *span)]
-
-
-@lru_cache(maxsize=10_000)
-def phrase_pattern(phrase, whole, flags):
-    """A phrase in any white space, quotes and composition of accents; whole: with no end inside a
-    word or number ("he" in "the", "5" in "2.5")."""
-    def alike(c):
-        apart = unicodedata.normalize("NFD", c)
-        return QUOTES.get(c) or (re.escape(c) if c == apart else f"(?:{c}|{apart})")
-
-    words = unicodedata.normalize("NFC", phrase).split()
-    pattern = r"\s+".join("".join(map(alike, word)) for word in words)
-    if whole and re.match(r"[-−.]?\w", words[0]):
-        pattern = r"(?<!\w)" + r"(?<!\d[.,:/–-])(?<!\W[-−.])" * words[0][0].isdigit() + pattern
-    if whole and re.search(r"\w$", words[-1]):
-        pattern += r"(?!\w)" + r"(?![.,:/–-]\d)" * words[-1][-1].isdigit()
-    return re.compile(pattern, flags)
-
-
-def find(text, phrase, starts, notes):
-    """The spans of a phrase from the first of the starts where it stands: whole, as written or in
-    any case; else inside words. Notes phrases "inside words" and "not found"."""
-    tries = product((True, False), starts, (0, re.I)) if phrase.strip() else ()
-    for whole, start, flags in tries:
-        found = phrase_pattern(phrase, whole, flags).finditer(text[start:])
-        spans = [(start + m.start(), start + m.end()) for m in islice(found, MANY + 1)]
-        if 0 < len(spans) <= MANY:
-            notes["inside words"] += [] if whole else [phrase]
-            return spans
-    notes["not found"].append(phrase)
-    return []
+def find(text, phrase, notes, target=math.inf):
+    """The spans of a phrase in any white space and quotes: whole, or else inside words; if any is
+    there, from where the target starts; as written, or else in any case. Notes a phrase "inside
+    words" or "not found"."""
+    text = text.translate(QUOTES)
+    words = normalize("NFC", phrase).translate(QUOTES).split()
+    pattern = compiled(r"\s+".join(map(re.escape, words)), re.I)
+    fits = defaultdict(list)  # {how well: spans}
+    for a, b in (match.span() for match in pattern.finditer(text) if match[0]):
+        whole = (a == target or not INSIDE.match(text, a)) and not INSIDE.match(text, b)
+        fits[whole, a >= target, text[a:b].split() == words].append((a, b))
+    best = max(fits, default=None)
+    if not 0 < len(fits[best]) <= MANY:
+        notes.append(("not found", phrase))
+        return []
+    if not best[0]:
+        notes.append(("inside words", phrase))
+    return fits[best]
 
 
 def phrases_to_edges(example):
-    """The phrases of an Example as (edges, roles, notes), in spans (start, end) of input + target:
-    the paper's causal supervision signals.
+    """An Example's (edges, causal, spurious, notes) in spans (start, end) of input + target.
 
-    edges: [(effect span, cause span)]: who predicts the effect should look at the cause. An effect
-    is looked for in the target, then everywhere; a cause ends before its effect starts. roles:
-    (spans of causes of the answer, spans of spurious phrases). notes: {what: [phrases]}, those
-    "not found", "inside words" or "late", never before an effect."""
+    edges: [(effect, cause)], the paper's causal supervision: who predicts the effect should look at
+    the cause, which ends before it. An effect is looked for in the target, then everywhere. causal:
+    causes of the answer. notes: [(what, phrase)], "not found", "inside words" or "late", never
+    before an effect."""
     text, n = example.input + example.target, len(example.input)
-    edges, notes = {}, defaultdict(list)
+    edges, notes = [], []
     for effect, causes in (pair for group in example.important for pair in group.items()):
-        effects = find(text, effect, (n, 0), notes)
+        effects = find(text, effect, notes, n)
         for cause in causes if effects else ():
-            spans = find(text, cause, (0,), notes)
-            pairs = [(e, c) for e in effects for c in spans if c[1] <= e[0]]
-            edges.update(dict.fromkeys(pairs))
-            notes["late"] += [cause] if spans and not pairs else []
-    spurious = [span for phrase in example.spurious for span in find(text[:n], phrase, (0,), notes)]
-    return list(edges), ([cause for effect, cause in edges if effect[1] > n], spurious), notes
+            spans = find(text, cause, notes)
+            before = [(e, c) for e in effects for c in spans if c[1] <= e[0]]
+            edges += before
+            if spans and not before:
+                notes.append(("late", cause))
+    edges = list(dict.fromkeys(edges))  # each once
+    spurious = [span for phrase in example.spurious for span in find(text[:n], phrase, notes)]
+    return edges, [cause for effect, cause in edges if effect[1] > n], spurious, notes
 
 
-def as_list(value):
-    return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def merge(pairs):
-    """A JSON object whose equal keys add up, where json would keep the last one."""
-    merged = {}
+def as_lists(pairs):
+    """A JSON object with a list under each key, so that values of equal keys add up."""
+    fields = {}
     for key, value in pairs:
-        merged[key] = as_list(merged[key]) + as_list(value) if key in merged else value
-    return merged
+        fields.setdefault(key, []).extend(value if isinstance(value, list) else [value])
+    return fields
 
 
 def parse_example(line, source=""):
-    """A line of JSON as an Example. ValueError says what is wrong and what to do."""
+    """A line of JSON as an Example. ValueError says what to write instead."""
     try:
-        fields = json.loads(line, object_pairs_hook=merge)
-        input, target = fields["input"], fields["target"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise ValueError('no JSON object: write {"input": ..., "target": ...} on a line') from None
-    target = str(target) if type(target) in (int, float) else target
-    for key, text in ("input", input), ("target", target):
-        if not isinstance(text, str) or not text.strip() or re.search("[\ud800-\udfff]", text):
-            raise ValueError(f'"{key}" is {text!r:.40}: give a text')
-    try:
-        important = tuple({effect: as_list(causes) for effect, causes in group.items()}
-                          for group in as_list(fields.get("important") or []))
-        spurious = tuple(as_list(fields.get("spurious") or []))
-        "".join(sum((causes for group in important for causes in group.values()), [*spurious]))
-    except (AttributeError, TypeError):
-        raise ValueError('"important" or "spurious" is wrong: give [{"effect": ["cause", ...]}, '
-                         '...] and ["phrase", ...]') from None
-    return Example(input, target, important, spurious, source)
+        fields = json.loads(line, object_pairs_hook=as_lists)
+        [input], [target] = fields["input"], fields["target"]
+        target = str(target) if type(target) in (int, float) else target
+        important, spurious = (tuple(fields.get(key, ())) for key in ("important", "spurious"))
+        causes = [cause for group in important for causes in group.values() for cause in causes]
+        "".join([input, target, *causes, *spurious]).encode()  # all are texts
+        assert input.strip() and target.strip()
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError):
+        raise ValueError(f'{source}: {line[:40]!r} is no example: write {{"input": "...", '
+                         '"target": "...", "important": [{"effect": ["cause"]}]}') from None
+    return Example(normalize("NFC", input), normalize("NFC", target), important, spurious, source)
 
 
 def read(path):
-    """A JSON Lines file as (Examples, summary), which counts the phrases that are of no use.
-    ValueError for a bad line, as "file:line: what is wrong and what to do"; OSError."""
-    examples, counts, shown = [], Counter(), {}
+    """A JSON Lines file as (Examples, summary). ValueError for a bad line, which it names."""
     with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
-        for n, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                examples.append(parse_example(line, f"{path}:{n}"))
-            except ValueError as error:
-                raise ValueError(f"{path}:{n}: {error}") from None
-            edges, (causal, _), notes = phrases_to_edges(examples[-1])
-            counts.update({"edges": +bool(edges), "edges at the answer": +bool(causal)})
-            for what in filter(notes.get, notes):
-                counts[what] += len(notes[what])
-                shown.setdefault(what, f"phrases {what}, such as line {n}: {notes[what][0]!r}")
+        examples = [parse_example(line, f"{path}:{n}") for n, line in enumerate(file, 1)
+                    if line.strip()]
     if not examples:
         raise ValueError(f"{path}: no examples: give one JSON object on each line")
-    supervised = [f"{counts[what]} with {what}" for what in ("edges", "edges at the answer")]
-    return examples, "; ".join([f"{path}: {len(examples)} examples, {', '.join(supervised)}",
-                                *(f"{counts[what]} {text}" for what, text in shown.items())])
+    counts, unused = Counter(), defaultdict(list)
+    for example in examples:
+        edges, causal, _, notes = phrases_to_edges(example)
+        counts.update({"with edges": bool(edges), "with edges at the answer": bool(causal)})
+        for what, phrase in notes:
+            unused[what].append(f"{phrase!r} in {example.source}")
+    return examples, "; ".join([
+        f"{path}: {len(examples)} examples", *(f"{n} {what}" for what, n in counts.items()),
+        *(f"{len(found)} phrases {what}, such as {found[0]}" for what, found in unused.items())])
 
 
 def dump(example):
@@ -302,6 +273,11 @@ def save(path, content):
     os.replace(f"{path}.tmp", path)
 
 
+def overlapping(span, spans):
+    """The indices of the spans, such as the offsets of tokens, that share a character with one."""
+    return [i for i, (start, end) in enumerate(spans) if start < span[1] and span[0] < end]
+
+
 def fixed_question(examples):
     """What all inputs begin and end with, in whole words: (prefix, suffix)."""
     inputs = [example.input for example in examples]
@@ -310,50 +286,54 @@ def fixed_question(examples):
     return re.sub(r"\w+$", "", begin), re.sub(r"^\w+", "", end)
 
 
-def substitute(text, changes):
-    """The text with other texts in places, {span: text}."""
-    for (start, end), new in sorted(changes.items(), reverse=True):
+def substitute(text, spans, texts):
+    """The text with other texts in the places of spans."""
+    for (start, end), new in sorted(zip(spans, texts), reverse=True):
         text = text[:start] + new + text[end:]
     return text
+
+
+def permute(text, spans, rng):
+    """The text with what stands in the spans in another order."""
+    return substitute(text, spans, rng.sample([text[a:b] for a, b in spans], len(spans)))
 
 
 def hold_out(examples, share, seed):
     """Splits examples into (train, iid, ood): a share of the different inputs, 0 to 1, is held out.
 
-    ood: the held-out examples whose numbers that belong to no cause, nor to `fixed_question`,
-    changed places; the answer stays true, what went along with it does not. Those with a label that
-    was not found are left out. ValueError when nothing is left to train or test on."""
+    ood: those of iid whose numbers that belong to no cause, nor to `fixed_question`, changed
+    places; the answer stays true. None that lost a phrase. ValueError when a part would be empty.
+    """
     rng, inputs = random.Random(seed), sorted({example.input for example in examples})
-    n = max(1, round(share * len(inputs))) if 0 < share < 1 else 0
+    n = round(share * len(inputs))
     if not 0 < n < len(inputs):
         raise ValueError(f"--val is {share:g}: give a share between 0 and 1, and more examples")
     held_out, ood = set(rng.sample(inputs, n)), []
     train, iid = ([e for e in examples if (e.input in held_out) == held] for held in (False, True))
     before, after = map(len, fixed_question(examples))
     for example in iid:
-        edges, _, notes = phrases_to_edges(example)
-        free = [(start, end) for start, end in numbers_in(example.input, (0, len(example.input)))
-                if before <= start and end <= len(example.input) - after
-                and not any(a < end and start < b for _, (a, b) in edges)]
-        values = [example.input[slice(*span)] for span in free]
-        text = substitute(example.input, dict(zip(free, rng.sample(values, len(values)))))
-        if edges and not notes["not found"] and text != example.input:
-            ood.append(replace(example, input=text, spurious=()))
+        edges, *_, notes = phrases_to_edges(example)
+        end = len(example.input)
+        fixed = [(0, before), (end - after, end), *(cause for _, cause in edges)]
+        numbers = (number.span() for number in NUMBER.finditer(example.input))
+        free = [number for number in numbers if not overlapping(number, fixed)]
+        moved = replace(example, input=permute(example.input, free, rng), spurious=())
+        if edges and "not found" not in dict(notes) and moved.input != example.input:
+            ood.append(moved)
     return train, iid, ood
 
 
 def redraw_spurious(examples, seed):
-    """The same examples with each spurious phrase that of a random example, which differs from it
-    in numbers only ("Hormones: 4" is drawn from all "Hormones: N"); causes stay."""
+    """The same examples, each spurious phrase replaced by a random one of any example that differs
+    in numbers only ("Hormones: 4" by any "Hormones: N")."""
     rng, pool, redrawn = random.Random(seed), defaultdict(list), []
     for phrase in (phrase for example in examples for phrase in example.spurious):
         pool[NUMBER.sub("N", phrase)].append(phrase)
     for example in examples:
         new = {phrase: rng.choice(pool[NUMBER.sub("N", phrase)]) for phrase in example.spurious}
-        changes = {span: new[phrase] for phrase in new
-                   for span in find(example.input, phrase, (0,), defaultdict(list))}
-        redrawn.append(replace(example, input=substitute(example.input, changes),
-                               spurious=tuple(new.values())))
+        places = {span: new[phrase] for phrase in new for span in find(example.input, phrase, [])}
+        text = substitute(example.input, places, places.values())
+        redrawn.append(replace(example, input=text, spurious=tuple(new.values())))
     return redrawn
 
 
@@ -363,16 +343,14 @@ ITEM = re.compile(r"(?:^|(?<=[,;:.?!]\s))([^\W\d_](?:[^,;:.?!]|\.(?=\S))*): " + 
 
 def reorder(example, rng):
     """The same example with the "Name: number" items of its input in another order; as it is when
-    that would lose an edge or role, words stand between two items, or two have one name."""
+    that loses an edge or role, words stand between two items, or two have one name."""
     items = list(ITEM.finditer(example.input))
     between = "".join(example.input[a.end():b.start()] for a, b in pairwise(items))
     if len({item[1] for item in items}) < len(items) or re.search(r"\w", between):
         return example
-    changes = {old.span(): new[0] for old, new in zip(items, rng.sample(items, len(items)))}
-    moved = replace(example, input=substitute(example.input, changes))
-    (edges, roles, _), (moved_edges, moved_roles, _) = map(phrases_to_edges, (example, moved))
-    same = [*map(len, (edges, *roles))] == [*map(len, (moved_edges, *moved_roles))]
-    return moved if same else example
+    moved = replace(example, input=permute(example.input, [item.span() for item in items], rng))
+    before, after = ([*map(len, phrases_to_edges(e)[:3])] for e in (example, moved))
+    return moved if before == after else example
 
 
 # ": " is one token, so that a prompt that ends in a blank is cut where training cut it
@@ -380,86 +358,62 @@ PATTERN = r"\p{N}{1,3}| ?\p{L}+|[^\s\p{L}\p{N}]+\s*|\s+"
 
 
 def build_tokenizer(texts):
-    """A byte-level tiktoken.Encoding that encodes any text and decodes it exactly. One token: each
-    byte, each number of up to three digits in texts, each word or mark that occurs twice."""
+    """A byte-level tiktoken.Encoding for any text. One token: each byte, each number of up to three
+    digits in texts, each word or mark that occurs twice, and END."""
     counts = Counter(piece for text in texts
                      for piece in re.findall(r"\d{1,3}| ?[^\W\d_]+|[^\w\s]+\s*", text))
     pieces = [piece.encode() for piece, n in counts.most_common() if n > 1 or piece.isdecimal()]
-    return tokenizer_from(list(dict.fromkeys([bytes([i]) for i in range(256)] + pieces)))
-
-
-def tokenizer_from(pieces):
-    """The tiktoken.Encoding whose token i is pieces[i], bytes; END follows the last. ValueError
-    unless every byte is a piece and no piece comes twice."""
-    if len({*pieces}) < len(pieces) or not {bytes([i]) for i in range(256)} <= {*pieces}:
-        raise ValueError("pieces must hold every byte, and none twice")
-    return tiktoken.Encoding("game", pat_str=PATTERN, special_tokens={END: len(pieces)},
-                             mergeable_ranks={piece: i for i, piece in enumerate(pieces)})
+    ranks = {piece: i for i, piece in enumerate(
+        dict.fromkeys([*(bytes([i]) for i in range(256)), *pieces]))}
+    return tiktoken.Encoding("game", pat_str=PATTERN, mergeable_ranks=ranks,
+                             special_tokens={END: len(ranks)})
 
 
 def character_offsets(tokenizer, tokens):
     """[(start, end)] of each token in characters; tokens of one character have the same place."""
-    pieces = tokenizer.decode_tokens_bytes(tokens)
-    bounds = list(accumulate(map(len, pieces), initial=0))
-    # the number of characters begun up to each byte: the later bytes of one are 10xxxxxx in UTF-8
-    begun = list(accumulate(byte & 0xC0 != 0x80 for byte in b"".join(pieces)))
-    return [(begun[start] - 1, begun[end - 1]) for start, end in pairwise(bounds)]
+    text, starts = tokenizer.decode_with_offsets(tokens)
+    return [(start, max(start + 1, end)) for start, end in pairwise([*starts, len(text)])]
 
 
 def character_tokens(tokenizer, tokens):
-    """Tokens as [(text, [positions])]; those that share a character are together."""
-    groups, text = [], tokenizer.decode(tokens)
-    for t, (start, end) in enumerate(character_offsets(tokenizer, tokens)):
-        if groups and start < groups[-1][1]:
-            groups[-1] = groups[-1][0], max(end, groups[-1][1]), groups[-1][2] + [t]
-        else:
-            groups.append((start, end, [t]))
-    return [(text[start:end], positions) for start, end, positions in groups]
-
-
-def tokens_of(span, offsets):
-    """The tokens that share a character with a span."""
-    return [t for t, (start, end) in enumerate(offsets) if start < span[1] and span[0] < end]
+    """Tokens as [(text, [positions])]; the bytes of one character are together."""
+    text, offsets = tokenizer.decode(tokens), character_offsets(tokenizer, tokens)
+    return [(text[start:end], list(positions))
+            for (start, end), positions in groupby(range(len(tokens)), offsets.__getitem__)]
 
 
 def token_edges(edges, offsets):
     """Edges between spans as sorted (query, key) pairs of tokens, for any tokenizer.
 
-    offsets: [(start, end)] of the tokens in characters, as a fast tokenizer returns with
-    return_offsets_mapping=True; (0, 0) is no text. A decoder predicts token t + 1 at position t: an
-    effect on tokens s..e is predicted by the queries s-1..e-1, and those get the edges. Keys are
-    the cause's tokens before s."""
+    offsets: [(start, end)] of the tokens in characters, as fast tokenizers return; (0, 0) is no
+    text. A decoder predicts token t + 1 at position t: an effect on tokens s..e gives edges to the
+    queries s-1..e-1. Keys are the cause's tokens before s."""
     pairs = set()
     for effect, cause in edges:
-        predicted, keys = tokens_of(effect, offsets), tokens_of(cause, offsets)
+        predicted, keys = overlapping(effect, offsets), overlapping(cause, offsets)
         pairs.update((t - 1, key) for t in predicted for key in keys if key < predicted[0])
     return sorted(pairs)
 
 
+def narrow(text, span, how="value"):
+    """The spans of numbers in a span, "8" in "Smoking: 8"; without any, or as "span", the span."""
+    numbers = [number.span() for number in NUMBER.finditer(text, *span)]
+    return numbers if numbers and how != "span" else [span]
+
+
 def narrow_edges(text, edges, spurious, how, rng):
-    """Edges with their causes whole ("span"), as their numbers ("value": "Smoking: 8" to "8") or,
-    as controls, replaced by "spurious" numbers or as many "random" words."""
-    narrow = lambda span: how != "span" and numbers_in(text, span) or [span]
-    narrowed = [(effect, part) for effect, cause in edges for part in narrow(cause)]
-    if how in ("value", "span"):
-        return narrowed
-    wrong = []
-    for effect, n in Counter(effect for effect, _ in narrowed).items():
-        words = [word.span() for word in re.finditer(r"\w+", text[:effect[0]])]
-        numbers = [part for span in spurious for part in narrow(span)]
-        chosen = numbers if how == "spurious" else rng.sample(words, min(n, len(words)))
-        wrong += [(effect, part) for part in chosen]
-    return wrong
-
-
-SEPARATOR = re.compile(rf"(?s).*(?:[,;.?!]\s|\n|{NUMBER.pattern})\s*")
-
-
-def item_of(text, span):
-    """The item that a span stands in, from the last separator or number to the span's end:
-    "Smoking: 8" for "8", "Answer: High Risk" for "High Risk"."""
-    before = SEPARATOR.match(text, 0, span[0])
-    return before.end() if before else 0, span[1]
+    """Edges to the numbers of each cause ("value") or to all of it ("span"); or, as controls, to
+    the "spurious" numbers or as many "random" words instead."""
+    keys = defaultdict(list)  # of each effect
+    for effect, cause in edges:
+        keys[effect] += narrow(text, cause, how)
+    for effect in keys:
+        if how == "spurious":
+            keys[effect] = [number for span in spurious for number in narrow(text, span)]
+        elif how == "random":
+            words = [word.span() for word in re.finditer(r"\w+", text[:effect[0]])]
+            keys[effect] = rng.sample(words, min(len(keys[effect]), len(words)))
+    return [(effect, key) for effect in keys for key in keys[effect]]
 
 
 @dataclass(frozen=True)
@@ -472,261 +426,202 @@ class Dataset:
     targets: torch.Tensor  # (N, T) the token after each position, -100 where there is none
     answer: torch.Tensor  # (N, T) bool: positions that predict a token of the answer, END included
     role: torch.Tensor  # (N, T) index into ROLES
-    item: torch.Tensor  # (N, T) where the item of a cause or effect token starts; T or more: none
-    edges: torch.Tensor  # (E, 2) query and key of each edge, example after example
-    first_edge: torch.Tensor  # (N + 1,) where each example's edges start in `edges`
+    item: torch.Tensor  # (N, T) where the item of a cause or effect token starts; else no token
+    edges: torch.Tensor  # (N, E, 2) query and key of each edge, T where there is none
+
+
+# what stands before an item, up to a separator or number: the item of "8" is "Smoking: 8"
+BEFORE_ITEM = re.compile(rf"(?s)(?:.*(?:[,;.?!]\s|\n|{NUMBER.pattern})\s*)?")
 
 
 def encode(examples, tokenizer, edges="value", device="cpu", seed=0):
     """Examples to a Dataset. edges: as `how` of `narrow_edges`; seed: of its "random"."""
-    rng, end, far = random.Random(seed), tokenizer.encode_single_token(END), 2 ** 30
-    ids, role, item, pairs = (array("i") for _ in range(4))  # flat: lists take ten times the memory
-    prompts, lengths, first_edge = [], [], [0]
+    rng, end, encoded = random.Random(seed), tokenizer.encode_single_token(END), []
     for example in examples:
+        # the prompt is encoded on its own, as when a question is asked
         text, prompt = example.input + example.target, tokenizer.encode_ordinary(example.input)
         tokens = prompt + tokenizer.encode_ordinary(example.target)
-        offsets, n = character_offsets(tokenizer, tokens), len(ids)
-        ids.extend(tokens)
-        role.extend([0] * len(tokens))
-        item.extend([far] * len(tokens))
-        links, (causal, spurious), _ = phrases_to_edges(example)
-        for r, span in [(2, span) for span in spurious] + [(1, span) for span in causal]:
-            for part in edges != "span" and numbers_in(text, span) or [span]:
-                for t in tokens_of(part, offsets):
-                    role[n + t] = r
+        offsets, T = character_offsets(tokenizer, tokens), len(tokens)
+        answer, role, item = [t >= len(prompt) - 1 for t in range(T)], [0] * T, [T] * T
+        links, causal, spurious, _ = phrases_to_edges(example)
+        for r, spans in (2, spurious), (1, causal):  # what is called both is causal
+            for part in (part for span in spans for part in narrow(text, span, edges)):
+                for t in overlapping(part, offsets):
+                    role[t] = r
         links = narrow_edges(text, links, spurious, edges, rng)
         for span in {span for link in links for span in link}:
-            inside = tokens_of(item_of(text, span), offsets)
+            start = BEFORE_ITEM.match(text, 0, span[0]).end()
+            inside = overlapping((start, span[1]), offsets)
             for t in inside:
-                item[n + t] = min(item[n + t], inside[0])
-        for pair in token_edges(links, offsets):
-            pairs.extend(pair)
-        prompts.append(len(prompt))
-        lengths.append(len(tokens))
-        first_edge.append(len(pairs) // 2)
-    prompts, lengths = torch.tensor(prompts)[:, None], torch.tensor(lengths)[:, None]  # (N, 1) each
-    position = torch.arange(lengths.max() + 1)
-    held = position < lengths  # (N, T + 1)
-
-    def pad(flat, value):
-        padded = torch.full(held.shape, value)
-        padded[held] = torch.tensor(np.array(flat), dtype=torch.long)
-        return padded
-
-    idx = pad(ids, end)
-    targets = idx[:, 1:].masked_fill(~held[:, :-1], -100)
-    answer = held & (position >= prompts - 1)
-    tensors = (idx[:, :-1], targets, answer[:, :-1], pad(role, 0)[:, :-1], pad(item, far)[:, :-1],
-               torch.tensor(np.array(pairs).reshape(-1, 2)).long(), torch.tensor(first_edge))
-    return Dataset(tokenizer, fixed_question(examples), tuple(sorted({e.target for e in examples})),
-                   *(tensor.contiguous().to(device) for tensor in tensors))
+                item[t] = min(item[t], inside[0])
+        pairs = torch.tensor(token_edges(links, offsets), dtype=torch.long).view(-1, 2)
+        columns = tokens, tokens[1:] + [end], answer, role, item
+        encoded.append((*map(torch.tensor, columns), pairs))
+    T = max(len(tokens) for tokens, *_ in encoded)
+    tensors = [pad_sequence(column, batch_first=True, padding_value=value).to(device)
+               for column, value in zip(zip(*encoded), (end, -100, False, 0, T, T))]
+    answers = tuple(sorted({example.target for example in examples}))
+    return Dataset(tokenizer, fixed_question(examples), answers, *tensors)
 
 
 def adjacency_of(data, ix):
     """(B, T, T), bool, for the examples ix, (B,): [b, i, j] is an edge from query i to key j."""
-    counts = data.first_edge[ix + 1] - data.first_edge[ix]  # (B,)
-    b = torch.repeat_interleave(counts)  # (E,) which example of the batch each edge is of
-    within = torch.arange(len(b), device=b.device) - (counts.cumsum(0) - counts)[b]
-    query, key = data.edges[data.first_edge[ix][b] + within].unbind(-1)
-    T = data.idx.shape[1]
-    adjacency = torch.zeros(len(ix), T, T, dtype=torch.bool, device=b.device)
-    adjacency[b, query, key] = True
-    return adjacency
+    B, T = len(ix), data.idx.shape[1]
+    query, key = data.edges[ix].unbind(-1)  # (B, E) each
+    adjacency = torch.zeros(B, T + 1, T + 1, dtype=torch.bool, device=query.device)
+    adjacency[torch.arange(B)[:, None], query, key] = True
+    return adjacency[:, :T, :T]  # without what fills up
 
 
 def inside_of(data, ix):
-    """(B, T, T), bool: the adjacency of the layers below, where each token of an item looks inside
-    it, at itself and what stands before. Not shifted by one: it is about what a token holds, not
-    about what it predicts."""
+    """(B, T, T), bool: the adjacency of the layers below: a token of an item looks inside it, up to
+    itself. Not shifted by one: it is about what a token holds, not about what it predicts."""
     position = torch.arange(data.idx.shape[1], device=data.idx.device)
     return (data.item[ix][:, :, None] <= position) & (position <= position[:, None])
 
 
 def show(examples, row=None):
-    """The edges of one example as text: of line `row` of its file, or the first that has any.
-    ValueError when no example is on that line."""
-    drawn = [e for e in examples
-             if (phrases_to_edges(e)[0] if row is None else e.source.endswith(f":{row}"))]
-    if row is not None and not drawn:
+    """The edges of the example on line `row` of its file, or of the first that has any, as text.
+    ValueError when that line has none."""
+    wanted = [e for e in examples
+              if (e.source.endswith(f":{row}") if row else phrases_to_edges(e)[0])]
+    if row and not wanted:
         raise ValueError(f"--row is {row}: give the line of an example")
-    example = (drawn or examples)[0]
-    tokenizer = build_tokenizer(e.input + e.target for e in examples)
-    data, token, keys = encode([example], tokenizer), {}, defaultdict(dict)
-    for text, positions in character_tokens(tokenizer, data.idx[0].tolist()):
-        token |= dict.fromkeys(positions, f"{text!r} at {positions[0]}")
-    for query, key in data.edges.tolist():
-        keys[f"{token[query]} predicts {token[query + 1]}"][token[key]] = True
-    return "\n".join([example.input + example.target,
-                      "each query, the token it predicts, the keys it should look at:",
-                      *(f"  {query}  <-  {'  '.join(keys[query])}" for query in keys)])
+    example = (wanted or examples)[0]
+    text = example.input + example.target
+    edges = narrow_edges(text, phrases_to_edges(example)[0], (), "value", None)
+    return "\n".join([text, *(f"{text[a:b]!r} at {a} should look at {text[c:d]!r} at {c}"
+                              for (a, b), (c, d) in edges)])
 
 
-INSTRUCTION = """Each line below is a text as JSON: an input and the target that follows it.
-"important" says which phrases decide which later ones, as [{effect: [causes]}]; the effect is
-most often the target. Copy phrases from the text letter by letter. A cause stands before its
-effect; what merely goes along with an effect is no cause. Reply with the "important" of the last
-line alone.
+INSTRUCTION = """Each line below is JSON: an input and the target that follows it. "important" says
+which phrases decide which later ones, [{effect: [causes]}]; the effect is most often the target.
+Copy phrases letter by letter. A cause stands before its effect; what merely goes along with an
+effect is none. Reply with the "important" of the last line alone.
 
 """
 
 
 def parse_reply(reply, example):
-    """The example with the labels that a reply ends in: its last JSON objects with no words between
-    them. ValueError for broken or cut JSON, thoughts without an end, over 20,000 characters, and no
-    edge at all."""
-    reply, values, end = reply.rpartition("</think>")[2], [], 0  # before that stands a draft
-    if len(reply) > 20_000:
-        raise ValueError(f"{len(reply)} characters")
-    decoder = json.JSONDecoder(object_pairs_hook=merge)
-    for start in (m.start() for m in re.finditer(r"""\{\s*["'“‘]|\[\s*\{|<think>""", reply)):
-        if start >= end:
-            try:
-                value, stop = decoder.raw_decode(reply, start)
-            except (ValueError, RecursionError):
-                raise ValueError(f"broken or cut at {reply[start:start + 40]!r}") from None
-            values = (values if not reply[end:start].strip(" \r\n\t,") else []) + as_list(value)
-            end = stop
-    important = []
-    for value in values:
-        if isinstance(value, dict) and value.keys() & {"input", "important"}:  # a line, or an echo?
-            mine = value.get("input", example.input) == example.input
-            value = value.get("important", []) if mine else []
-        important += as_list(value)
-    fields = {"input": example.input, "target": example.target, "important": important}
-    labelled = replace(example, important=parse_example(json.dumps(fields)).important)
+    """The example with the labels of a reply: JSON objects or a list of them, no words in between.
+    ValueError or RecursionError for anything else, such as cut JSON, and for labels of no edge."""
+    reply = reply.rpartition("</think>")[2]  # before stands a draft
+    start = re.search(r"\{|\[\s*\{|\Z", reply).start()
+    rest, objects = reply[start:], []
+    while rest.startswith(("{", "[")):
+        value, end = json.JSONDecoder(object_pairs_hook=as_lists).raw_decode(rest)
+        objects += value if isinstance(value, list) else [value]
+        rest = rest[end:].lstrip(", \r\n\t")
+    mine = [value for value in objects if isinstance(value, dict)
+            and value.get("input", [example.input]) == [example.input]]
+    if mine != objects or "{" in rest or "<think>" in reply or len(reply) > 20_000:
+        raise ValueError("a draft, another text, words in between or over 20,000 characters")
+    important = [group for value in mine for group in value.get("important", [value])]
+    labelled = parse_example(dump(replace(example, important=important)), example.source)
     if not phrases_to_edges(labelled)[0]:
         raise ValueError("no {effect: [causes]} of phrases in the text")
     return labelled
 
 
 def answered(path):
-    """{(input, target)} of the lines of an output file, less a last one that a kill has cut.
-    ValueError for a line that is no example."""
-    content = open(path, "rb").read() if os.path.exists(path) else b""
+    """{(input, target)} of an output so far, less a last line that a kill has cut."""
+    with open(path, "a+b") as file:  # raises now where nothing can be written
+        file.seek(0)
+        content = file.read()
     whole, newline, last = content.rpartition(b"\n")
-    try:
-        parse_example(last)
-        save(path, content + b"\n")
-    except ValueError:
-        if b'{"input"'.startswith(last[:8]):
-            save(path, whole + newline)
-    return {(e.input, e.target) for e in read(path)[0]} if os.path.getsize(path) else set()
+    if last and b'{"input": "'.startswith(last[:11]):
+        content = whole + newline + (last + b"\n" if last.endswith(b"}") else b"")
+        save(path, content)
+    return {(e.input, e.target) for e in read(path)[0]} if content else set()
 
 
-def annotate(questions, demos, assistant, out, jobs=4, time_limit=60):
-    """Labels the examples of a file (the paper's first step: human examples, then an assistant).
+def annotate(questions, demos, assistant, out, time_limit=60):
+    """Labels the examples of a file, from some labelled by hand, as the paper does.
 
-    questions, demos, out: JSON Lines files; every demo has labels. assistant: a command that reads
-    a prompt and prints a reply in time_limit seconds, tried three times an example, `jobs` at once.
-    Each answer is a line of out when it comes, without labels when no reply is of use; what stands
-    in out is not asked again. ValueError or OSError for wrong arguments."""
-    command, (shown, _), (examples, summary) = shlex.split(assistant), read(demos), read(questions)
+    questions, demos, out: JSON Lines files. assistant: a command that reads a prompt and prints a
+    reply in time_limit seconds, tried three times an example. Each answer is a line of out at once,
+    without labels if no reply is of use; what stands there is not asked again. ValueError, OSError.
+    """
+    command, demos, examples = shlex.split(assistant), read(demos)[0], read(questions)[0]
     if not command or not shutil.which(command[0]):
         raise ValueError(f"--assistant is {assistant!r}: give a program and its flags")
-    if jobs < 1:
-        raise ValueError(f"--jobs is {jobs}: give at least 1")
-    if os.path.exists(out) and any(os.path.samefile(out, path) for path in (questions, demos)):
-        raise ValueError(f"--out is {out}: give a file of its own")
-    for demo in shown:
+    for demo in demos:
         if not phrases_to_edges(demo)[0]:
             raise ValueError(f'{demo.source}: no usable "important": give phrases of the text')
-    prompt, done = INSTRUCTION + "".join(map(dump, shown)), answered(out)
-    lock, problems = threading.Lock(), []
-    todo = {(e.input, e.target): e for e in examples if (e.input, e.target) not in done}.values()
-
-    def label(example):
-        question, labelled = prompt + dump(Example(example.input, example.target)), None
-        for _ in range(3):
+    prompt, done, problems = INSTRUCTION + "".join(map(dump, demos)), answered(out), []
+    todo = {(e.input, e.target): e for e in examples if (e.input, e.target) not in done}
+    for example in tqdm(todo.values(), disable=None):
+        question = prompt + dump(Example(example.input, example.target))
+        labelled, failed = replace(example, important=()), []
+        while not labelled.important and len(failed) < 3:
             try:
-                reply = subprocess.run(command, input=question.encode(), stdout=subprocess.PIPE,
-                                       stderr=subprocess.DEVNULL, timeout=time_limit, check=True)
-                labelled = parse_reply(reply.stdout.decode(errors="replace"), example)
-                break
-            except (ValueError, subprocess.SubprocessError) as error:
-                problem = f"{example.source}: {error}"
-        else:
-            problems.append(problem)
-        with lock, open(out, "a", encoding="utf-8") as file:
-            file.write(dump(labelled or replace(example, important=())))
-
-    print(summary)
-    with ThreadPoolExecutor(jobs) as pool:
-        try:
-            for answer in tqdm(as_completed([pool.submit(label, example) for example in todo]),
-                               total=len(todo), disable=None):
-                answer.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # answers under way are still written
-    print(f"{read(out)[1]}; {len(problems)} asked now have no usable reply", *problems[:1],
-          sep=", such as ")
+                reply = subprocess.run(command, input=question, timeout=time_limit, check=True,
+                                       capture_output=True, encoding="utf-8").stdout
+                labelled = parse_reply(reply, example)
+            except (ValueError, RecursionError, subprocess.SubprocessError) as error:
+                failed.append(f"{example.source}: {error}")
+        problems += failed[2:]  # of the third and last try
+        with open(out, "a", encoding="utf-8") as file:
+            file.write(dump(labelled))
+    print(read(out)[1])
+    print(f"{len(problems)} asked now have no usable reply", *problems[:1], sep=", such as ")
 
 
 def check(labelled, truth):
-    """How well labelled Examples have the edges of the true ones, as text; paired by input and
-    target. ValueError when no text is in both."""
+    """How well labelled Examples have the edges of the true ones with the same texts, and the three
+    worst, as text."""
     gold = {(e.input, e.target): set(phrases_to_edges(e)[0]) for e in truth}
-    pairs = [(e, set(phrases_to_edges(e)[0]), gold[e.input, e.target])
-             for e in labelled if (e.input, e.target) in gold]
-    if not pairs:
-        raise ValueError(f"{labelled[0].source}: no text is in {truth[0].source}: "
-                         "give labels of the same texts")
-    tp = sum(len(predicted & true) for _, predicted, true in pairs)
-    n_predicted, n_true = (sum(len(pair[k]) for pair in pairs) for k in (1, 2))
-    lines = [f"{len(pairs)} examples compared, {len(labelled) - len(pairs)} have no true labels",
-             f"edges: precision {tp / max(n_predicted, 1):.3f}, recall {tp / max(n_true, 1):.3f}, "
-             f"F1 {2 * tp / max(n_predicted + n_true, 1):.3f}"]
-    for e, predicted, true in sorted(pairs, key=lambda pair: -len(pair[1] ^ pair[2]))[:3]:
-        missing, extra = ([(e.input + e.target)[slice(*cause)] for _, cause in sorted(edges)]
-                          for edges in (true - predicted, predicted - true))
-        lines += [f"{e.source}: missing {missing}, too many {extra}"] if missing or extra else []
-    return "\n".join(lines)
+    compared, tp, fp, fn = [], 0, 0, 0
+    for e in labelled:
+        if (e.input, e.target) in gold:
+            edges, true = set(phrases_to_edges(e)[0]), gold[e.input, e.target]
+            missing, extra = ([(e.input + e.target)[start:end] for _, (start, end) in sorted(part)]
+                              for part in (true - edges, edges - true))
+            tp, fp, fn = tp + len(true & edges), fp + len(extra), fn + len(missing)
+            compared.append((len(missing + extra),
+                             f"{e.source}: missing {missing}, too many {extra}"))
+    precision, recall = tp / max(tp + fp, 1), tp / max(tp + fn, 1)
+    f1 = 2 * tp / max(2 * tp + fp + fn, 1)
+    worst = sorted(compared, key=lambda pair: -pair[0])[:3]
+    return "\n".join([f"{len(compared)} of {len(labelled)} examples have true labels; edges: "
+                      f"precision {precision:.3f}, recall {recall:.3f}, F1 {f1:.3f}",
+                      *(text for _, text in worst)])
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="data.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    parser.error = error = lambda message: parser.exit(2, f"data.py: {message}\n")  # no usage
-
-    def command(name, help):
-        sub = commands.add_parser(name, help=help)
-        sub.error = error
-        return sub.add_argument
-
-    add = command("show", "what is understood of a JSON Lines file")
+    add = commands.add_parser("show", help="draw what is understood").add_argument
     add("file")
     add("--row", type=int, help="line of the example to draw")
-    add = command("generate", "examples of a game")
+    add = commands.add_parser("generate", help="write examples of a game").add_argument
     add("game", choices=GAMES)
     add("--rows", type=int, default=1600)
     add("--ood", action="store_true", help="spurious features stop copying")
     add("--seed", type=int, default=0)
     add("--out", required=True)
-    add = command("annotate", "labels by an assistant; the same command goes on")
+    add = commands.add_parser("annotate", help="label by an assistant").add_argument
     add("questions")
     add("--demos", required=True, help="examples labelled by hand")
     add("--assistant", required=True, help="command that reads a prompt and prints a reply")
-    add("--out", required=True)
-    add("--jobs", type=int, default=4, help="examples to ask for at once")
+    add("--out", required=True, help="the same command goes on with it")
     add("--time-limit", type=float, default=60, help="seconds for a reply")
-    add = command("check", "compare labels with true ones")
+    add = commands.add_parser("check", help="compare labels with true ones").add_argument
     add("file")
     add("--against", required=True)
     args = parser.parse_args(argv)
     try:
-        if args.command == "annotate":
-            annotate(args.questions, args.demos, args.assistant, args.out, args.jobs,
-                     args.time_limit)
-        elif args.command == "generate":
+        if args.command == "generate":
             examples = generate(GAMES[args.game], args.rows, args.ood, args.seed)
-            save(args.out, "".join(map(dump, examples)).encode())
-            print(show(examples))
-        else:
-            examples, summary = read(args.file)
-            print(summary)
-            print(show(examples, args.row) if args.command == "show"
-                  else check(examples, read(args.against)[0]))
-    except (ValueError, OSError) as problem:
-        error(problem)
+            return save(args.out, "".join(map(dump, examples)).encode())
+        if args.command == "annotate":
+            return annotate(args.questions, args.demos, args.assistant, args.out, args.time_limit)
+        examples, summary = read(args.file)
+        print(summary)
+        print(show(examples, args.row) if args.command == "show"
+              else check(examples, read(args.against)[0]))
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"data.py: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130, "data.py: interrupted: the same command goes on\n")
 

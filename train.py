@@ -23,8 +23,7 @@ import torch.nn.functional as F
 
 from cat import FORMS, attention_ratio, average_attention, gamma_at, re_attention_loss
 from data import (EDGES, END, GAMES, ROLES, adjacency_of, build_tokenizer, character_tokens, encode,
-                  generate, hold_out, inside_of, read, redraw_spurious, reorder, save,
-                  tokenizer_from)
+                  generate, hold_out, inside_of, read, redraw_spurious, reorder, save)
 from model import GPT, GPTConfig
 
 RUNS = ["no-cat", "cat"]
@@ -369,7 +368,8 @@ def curves_svg(metrics):
         color, y = ("#0072b2", 24) if run == "cat" else ("#d55e00", 64)
         dash, y = ("none", y) if split == "ood" else ("6 4", y + 20)
         parts += [f'<polyline points="{" ".join(points)}" fill="none" stroke="{color}" '
-                  f'stroke-dasharray="{dash}"/>', words(620, y, f"{run} {split}", f'fill="{color}"')]
+                  f'stroke-dasharray="{dash}"/>\n',
+                  words(620, y, f"{run} {split}", f'fill="{color}"')]
     return svg(350, parts)
 
 
@@ -382,7 +382,7 @@ def run_all(args):
             raise ValueError(f"{path} is of another command: give another --out, or remove it")
     for seed in args.seed:
         data = load_data(args, seed)
-        if "cat" in args.runs and not len(data["train"].edges):
+        if "cat" in args.runs and not data["train"].edges.numel():
             raise ValueError(f'{args.train}: no edges: add "important", or give --runs no-cat')
         if seed == args.seed[0]:
             out.mkdir(parents=True, exist_ok=True)

@@ -11,9 +11,9 @@ from statistics import correlation, fmean, stdev
 import pytest
 import torch
 
-from data import (EDGES, END, GAMES, STG, STG_H, Example, Feature, Game, adjacency_of,
+from data import (BEFORE_ITEM, EDGES, END, GAMES, STG, STG_H, Example, Feature, Game, adjacency_of,
                   build_tokenizer, character_offsets, character_tokens, encode, generate,
-                  inside_of, item_of, narrow_edges, phrases_to_edges, token_edges)
+                  inside_of, narrow_edges, phrases_to_edges, token_edges)
 
 RELEASED = os.environ.get("CAT_RELEASED_DATA")
 
@@ -22,10 +22,6 @@ def parse(example):
     """{name: number} in the order of a game's text, by a reading of its own."""
     found = re.findall(r"([A-Z][A-Za-z ()]*): (-?\d+(?:\.\d+)?)", example.input)
     return {name: float(number) for name, number in found}
-
-
-def span_of(text, phrase):
-    return text.rindex(phrase), text.rindex(phrase) + len(phrase)
 
 
 def linked(input, target, effect, *causes, spurious=()):
@@ -108,8 +104,8 @@ def test_examples_are_repeatable_and_no_two_have_the_same_numbers():
     assert sum(map(float.__eq__, smoking(False), smoking(True))) < 15  # 5 by chance: two streams
     tiny = Game("tiny", (), (), STG.irrelevant, "{features} Answer: ", ((-math.inf, "yes"),))
     assert len(generate(tiny, 100)) == 100  # 10 x 10 numbers
-    for n, part in (101, "too few different examples for 101: ask"), (0, "rows is 0: give at"):
-        with pytest.raises(ValueError, match=part):
+    for n in 101, 0:
+        with pytest.raises(ValueError, match=f"rows is {n}: give at least 1; tiny has too few"):
             generate(tiny, n)
 
 
@@ -128,9 +124,9 @@ def test_generated_texts_look_like_the_released_ones(game, file):
 @pytest.mark.parametrize("wrong, part", [
     (dict(spurious=(Feature("B", copies="Aa"),)), "B copies 'Aa': give one of .*A"),
     (dict(irrelevant=(Feature("C", 9, 2),)), "C is 9 to 2: lower first"),
-    (dict(bands=((5, "yes"),)), r"bands from \[5\]: .*-math.inf last"),
-    (dict(bands=()), "bands from .*-math.inf last"),
-    (dict(bands=((1, "no"), (5, "yes"), (-math.inf, "?"))), r"bands from \[1, 5.* highest first"),
+    (dict(bands=((5, "yes"),)), r"bands from \[5\]: highest first, -math.inf last"),
+    (dict(bands=()), r"bands from \[\]: "),
+    (dict(bands=((1, "no"), (5, "yes"), (-math.inf, "?"))), r"bands from \[1, 5, -inf\]: "),
     (dict(question="A number. Answer: "), "write {features} once in the question")])
 def test_a_mistake_in_a_game_is_one_line_with_the_remedy(wrong, part):
     good = dict(causal=(Feature("A"),), spurious=(Feature("B", copies="A"),), irrelevant=(),
@@ -138,23 +134,6 @@ def test_a_mistake_in_a_game_is_one_line_with_the_remedy(wrong, part):
     Game("mine", **good)
     with pytest.raises(ValueError, match=rf"^mine: .*{part}.*\Z"):
         Game("mine", **(good | wrong))
-
-
-def test_a_game_of_one_s_own_in_nine_lines():
-    wine = Game("wine",
-                causal=(Feature("Sugar", weight=1.0), Feature("Acid", weight=-1.0)),
-                spurious=(Feature("Price", copies="Sugar", ratio=2.0),
-                          Feature("Points", copies="Acid", ratio=1.0)),
-                irrelevant=(Feature("Shelf"), Feature("Bottle", 1, 99)),
-                question="How does this wine taste? {features} Answer: ",
-                bands=((4, "sweet"), (-3, "balanced"), (-math.inf, "dry")))
-    examples = generate(wine, 300)
-    for v, target in ((parse(example), example.target) for example in examples):
-        score = v["Sugar"] - v["Acid"]
-        assert target == ("sweet" if score >= 4 else "balanced" if score >= -3 else "dry")
-        assert v["Price"] == 2 * v["Sugar"] and v["Points"] == v["Acid"] and len(v) == 6
-    dataset = encode(examples, tokenizer_of(examples))
-    assert (dataset.first_edge.diff() == 2).all() and dataset.answer.sum() == 2 * 300  # with END
 
 
 def test_the_shift_by_one_drawn():
@@ -180,20 +159,7 @@ def test_the_shift_by_one_drawn():
         assert drawn[0].tolist() == [[cell == letter for cell in query] for query in cells]
 
 
-@pytest.mark.parametrize("offsets, edges", [  # of "ab cd 7 ok": effect "7 ok", cause "cd"
-    ([(0, 2), (2, 5), (5, 7), (7, 10)], [(1, 1), (2, 1)]),  # blanks in the tokens
-    ([(0, 2), (3, 5), (6, 7), (8, 10)], [(1, 1), (2, 1)]),  # blanks in no token
-    ([(0, 2), (2, 3), (3, 5), (5, 6), (6, 7), (7, 10)], [(3, 2), (4, 2)]),  # blanks as tokens
-    ([(0, 0), (0, 2), (2, 5), (5, 7), (7, 10), (0, 0)], [(2, 2), (3, 2)]),  # special, or padding
-    ([(0, 0)] * 2 + [(0, 2), (2, 5), (5, 7), (7, 10)], [(3, 3), (4, 3)]),  # padding on the left
-    ([(0, 2), (2, 4), (4, 5), (5, 7), (7, 10)], [(2, 1), (2, 2), (3, 1), (3, 2)]),  # a cut cause
-    ([(0, 2), (2, 7), (7, 10)], []),  # one token holds the cause and the effect's beginning
-    ([(3, 5), (3, 5), (6, 7), (6, 7)], [(1, 0), (1, 1), (2, 0), (2, 1)])])  # characters of two
-def test_edges_for_the_offsets_of_any_tokenizer(offsets, edges):
-    assert token_edges([((6, 10), (3, 5))], offsets) == edges
-
-
-def test_edges_of_random_tokens_are_those_that_the_definition_gives():
+def test_edges_for_the_offsets_of_any_tokenizer_are_those_that_the_definition_gives():
     rng = random.Random(0)
     for _ in range(150):
         cuts = sorted(rng.sample(range(31), rng.randrange(2, 20)))
@@ -211,7 +177,7 @@ def test_edges_of_random_tokens_are_those_that_the_definition_gives():
 def test_edges_value_span_spurious_and_random():
     example = linked("City: 7, PM2.5: 40, Score: 8 of -10, Mood: fair, Tax: 3 Answer: ", "12", "12",
                      "PM2.5: 40", "Score: 8 of -10", "fair", spurious=["Tax: 3", "City: 7"])
-    links, (_, spurious), _ = phrases_to_edges(example)
+    links, _, spurious, _ = phrases_to_edges(example)
     chosen = {how: [example.input[slice(*cause)] for _, cause in narrow_edges(
         example.input + example.target, links, spurious, how, random.Random(0))] for how in EDGES}
     assert chosen["span"] == ["PM2.5: 40", "Score: 8 of -10", "fair"]
@@ -233,7 +199,9 @@ def test_edges_value_span_spurious_and_random():
       "32": "Answer: 32", "Answer: 32": "Answer: 32"}),
     ("PM2.5: 40\nA b\nB! C", {"40": "PM2.5: 40", "B": "B", "C": "C"})])
 def test_an_item_begins_after_a_separator_or_number(text, items):
-    assert {span: text[slice(*item_of(text, span_of(text, span)))] for span in items} == items
+    for span, item in items.items():
+        start = text.rindex(span)
+        assert text[BEFORE_ITEM.match(text, 0, start).end():start + len(span)] == item
 
 
 def test_the_vocabulary_has_the_numbers_that_occur_and_any_text_comes_back():
