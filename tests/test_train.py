@@ -2,7 +2,6 @@
 import io
 import json
 import math
-import os
 import re
 from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout
@@ -25,25 +24,25 @@ TINY = Game("tiny", causal=(Feature("Smoking", weight=1.0),), irrelevant=(Featur
             question="Patient. {features} Answer: ", bands=((5.5, "High"), (-math.inf, "Low")))
 FLAGS = ("--game tiny --rows 64 --n-embd 16 --n-head 2 --batch-size 8 --steps 10 --threads 1 "
          "--device cpu")
-LEARNED = []
+@pytest.fixture(scope="module", autouse=True)
+def tiny_game():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(GAMES, "tiny", TINY)
+        patch.setattr(train, "TEST", 100)
+        patch.setattr(train, "WATCH", 20)
+        yield
 
 
 @pytest.fixture(autouse=True)
-def tiny_game_in_own_folder(monkeypatch, tmp_path):
-    monkeypatch.setitem(GAMES, "tiny", TINY)
-    monkeypatch.setattr(train, "TEST", 100)
-    monkeypatch.setattr(train, "WATCH", 20)
+def own_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def learned(tmp_path_factory):
     """The folder of a training of both runs that learned the game, and what it printed."""
-    if not LEARNED:
-        folder = tmp_path_factory.mktemp("learned")
-        more = "--rows 512 --n-embd 32 --steps 160 --batch-size 16 --out"
-        LEARNED[:] = folder, *run(more, folder)[:2]
-    return LEARNED
+    folder = tmp_path_factory.mktemp("learned")
+    return folder, *run("--rows 512 --n-embd 32 --steps 160 --batch-size 16 --out", folder)[:2]
 
 
 def run(flags="", *words):
@@ -152,14 +151,12 @@ def test_a_step_follows_the_gradient_of_the_whole_loss_alone(monkeypatch):
 
 def test_cat_holds_out_of_distribution(learned):
     folder, out, err = learned
-    lines = list(map(json.loads, err))  # progress
-    assert Path(folder, "metrics.jsonl").read_text().splitlines() == err
+    lines = list(map(json.loads, err))  # progress, ten lines a run
+    assert (folder / "metrics.jsonl").read_text().splitlines() == err
     assert [(line["run"], line["step"]) for line in lines] == [
         (name, step) for name in ("no-cat", "cat") for step in range(16, 161, 16)]
-    fields = {"run", "seed", "step", "loss", "attn_loss", "ratio", "iid", "ood"}
-    assert all(set(line) == fields for line in lines)
     without, first, with_cat = lines[9], lines[10], lines[19]
-    assert with_cat["ratio"] > 20 > 5 > without["ratio"] > 0
+    assert {"loss", "iid", "ood"} < set(first) and with_cat["ratio"] > 20 > 5 > without["ratio"] > 0
     assert 0 < with_cat["attn_loss"] < first["attn_loss"] / 2 < without["attn_loss"]
     without, with_cat = (table(out)[name] for name in ("no-cat, seed 1", "cat, seed 1"))
     assert min(with_cat["iid"], with_cat["ood"]) > 0.9 and without["iid"] > without["ood"] + 0.1
@@ -197,79 +194,70 @@ def test_the_table_counts_answers_and_attention_by_role(monkeypatch, game):
 
 def test_several_seeds_are_averaged_in_the_table_and_the_curves():
     out, err, _ = run("--seed 1 2 3 --steps 40 --lr 0.02")
-    results, lines = table(out), list(map(json.loads, err))
-    picture = ElementTree.parse("out/curves.svg").getroot()
-    bottom, *_, top = (float(re.search(r" (\d+)h", path.get("d"))[1])  # the grid, from 0 to 1
-                       for path in picture.iterfind("{*}path"))
-    drawn = {(curve.get("stroke"), curve.get("stroke-dasharray") == "none"):
-             [(bottom - float(point.split(",")[1])) / (bottom - top)
-              for point in curve.get("points").split()] for curve in picture.iterfind("{*}polyline")}
-    colors = {text.text.split()[0]: text.get("fill") for text in picture.iterfind("{*}text")}
+    results, ends = table(out), [line for line in map(json.loads, err) if line["step"] == 40]
     for name in ("no-cat", "cat"):
-        seeds = [results[f"{name}, seed {seed}"] for seed in (1, 2, 3)]
-        assert len({tuple(seed.values()) for seed in seeds}) == 3
         for column in ("iid", "ood", "changed", "causal"):
-            values = [seed[column] for seed in seeds]
+            values = [results[f"{name}, seed {seed}"][column] for seed in (1, 2, 3)]
             for what, f in (("mean", mean), ("deviation", stdev), ("lowest", min)):
                 if what != "lowest" or column in ("iid", "ood"):  # else it would show the best
                     assert results[f"{name}, {what}"][column] == pytest.approx(f(values), abs=2e-3)
-        for split in ("iid", "ood"):
-            curve = [mean(line[split] for line in lines if (line["run"], line["step"]) == (name, step))
-                     for step in range(4, 41, 4)]
-            assert drawn[colors[name], split == "ood"] == pytest.approx(curve, abs=1e-3)
-    assert len(drawn) == 4 and max(curve) > 0.5
+    picture = ElementTree.parse("out/curves.svg").getroot()
+    labels = {f"{name} {split} {mean(line[split] for line in ends if line['run'] == name):.2f}"
+              for name in ("no-cat", "cat") for split in ("iid", "ood")}
+    assert labels < {text.text for text in picture.iterfind("{*}text")}
+    for curve in picture.iterfind("{*}polyline"):  # learning goes up and to the right
+        (x, y), *_, (last_x, last_y) = (map(float, point.split(","))
+                                        for point in curve.get("points").split())
+        assert last_x > x and last_y < y
 
 
 def test_the_attention_picture_shows_what_ask_says(learned):
     """Of the first OOD question that only the run with CAT gets right."""
     parts = list(ElementTree.parse(learned[0] / "attention.svg").getroot())
+    captions = [part.text for part in parts if " right is " in (part.text or "")]
     words = [(text, float(rect.get("fill-opacity"))) for rect, text in pairwise(parts)
              if rect.get("fill-opacity")]
-    captions = [part.text for part in parts if " right is " in (part.text or "")]
-    for name, caption, words in zip(("no-cat", "cat"), captions,
-                                    (words[:len(words) // 2], words[len(words) // 2:]), strict=True):
-        question = "".join(text.text for text, _ in words)
-        shown, answer = run("--eval", learned[0] / f"{name}-1.pt", "--ask", question)[0].splitlines()
-        right = TINY.answer(int(re.search(r"Smoking: (\d+)", question)[1]))
-        assert caption == f"{name}: {answer}, right is {right}"
-        assert (answer == right) == (name == "cat")
-        for text, shade in words:
-            share = re.match(r"(?:\[(\d+)%\])?", shown := shown.removeprefix(text.text))
-            assert shade == pytest.approx(min(1, 0.03 * int(share[1] or 2)), abs=0.1)
-            shown = shown[share.end():]
-        for feature, style in ("Smoking", "font-weight"), ("Fingers", "font-style"):
-            number = re.search(rf"{feature}: (\d+)", question)[1]
-            assert [text.text.strip() for text, _ in words if text.get(style)] == [number]
+    words = words[len(words) // 2:]  # with CAT
+    question = "".join(text.text for text, _ in words)
+    cause, copy = (re.search(rf"{name}: (\d+)", question)[1] for name in ("Smoking", "Fingers"))
+    right, wrong = sorted(("High", "Low"), key=lambda answer: answer != TINY.answer(int(cause)))
+    assert captions == [f"no-cat: {wrong}, right is {right}", f"cat: {right}, right is {right}"]
+    shown = run("--eval", learned[0] / "cat-1.pt", "--ask", question)[0]
+    for text, shade in words:
+        share = re.match(r"(?:\[(\d+)%\])?", shown := shown.removeprefix(text.text))
+        assert shade == pytest.approx(min(1, 0.03 * int(share[1] or 2)), abs=0.1)
+        shown = shown[share.end():]
+    for number, style in (cause, "font-weight"), (copy, "font-style"):
+        assert [text.text.strip() for text, _ in words if text.get(style)] == [number]
 
 
-@pytest.mark.parametrize("flags, watched", [("", {"iid", "ood"}), (None, {"train"})])
-def test_no_test_example_is_looked_at_while_training(monkeypatch, flags, watched):
-    seen, looked, real = set(), train.GPT.forward, train.test
-
+def test_no_test_example_is_looked_at_while_training(monkeypatch):
     def forward(model, idx):
-        seen.update(map(tuple, idx.tolist()))
-        return looked(model, idx)
+        looked.update(map(tuple, idx.tolist()))
+        return real(model, idx)
 
-    def test(name, model, parts, args):
-        tested = {tuple(ids) for split in ("iid", "ood") for ids in parts[split].idx.tolist()}
-        assert len(tested) > 100 and len(seen) >= 64 and not tested & seen
-        return real(name, model, parts, args)
-
-    monkeypatch.setattr(train.GPT, "forward", forward)
-    monkeypatch.setattr(train, "test", test)
-    _, err, code = run("--cat " + (write_files() if flags is None else flags))
-    assert code == 0 and {"iid", "ood", "train"} & set(json.loads(err[0])) == watched
+    real = train.GPT.forward
+    for flags, watched in (("", {"iid", "ood"}), (write_files(), {"train"})):
+        looked = set()
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr(train.GPT, "forward", forward)
+            patch.setattr(train, "test", lambda *_: 1 / 0)  # here training has ended
+            run("--cat " + flags)
+        data = train.load_data(train.parse_args([*FLAGS.split(), *flags.split()]), 1)
+        tested = {tuple(ids) for split in ("iid", "ood") for ids in data[split].idx.tolist()}
+        assert len(looked) >= 64 and len(tested) > 100 and not tested & looked
+        line = Path("out/metrics.jsonl").read_text().splitlines()[0]
+        assert {"iid", "ood", "train"} & set(json.loads(line)) == watched
 
 
 def test_own_files_show_roles_and_without_numbers_no_ood():
-    flags = write_files()
-    result = table(run("--cat " + flags)[0])["cat, seed 1"]
+    flags = "--cat " + write_files()
+    result = table(run(flags)[0])["cat, seed 1"]
     assert min(map(result.get, ROLES)) > 0 and "changed" in result
-    orders = train.load_data(train.parse_args(f"{flags} --orders 3".split()), 1)["train"]
-    assert len(orders.idx) == 3 * 64 and 100 < len(orders.idx.unique(dim=0)) <= 3 * 64
-    Path("words.jsonl").write_text("".join(
-        dump(Example(f"A {word} {n * '<very> & '}day. Sentiment: ", answer, ({answer: [word]},)))
-        for word, answer in (("sunny", "good"), ("rainy", "bad")) for n in range(12)))
+    orders = train.load_data(train.parse_args(f"{flags} --orders 3".split()), 1)["train"].idx
+    assert len(orders) == 3 * 64 and len(orders.unique(dim=0)) > 100
+    write("words", [Example(f"A {cause} {n * '<very> & '}day. It is ", effect, ({effect: [cause]},))
+                    for cause, effect in (("sunny", "good"), ("rainy", "bad")) for n in range(12)])
     for file, ood in ("train", True), ("words", False):
         out, err, _ = run(f"--cat --train {file}.jsonl --val 0.25 --out {file}")
         assert ("ood" in json.loads(err[0])) == ("ood" in table(out)["cat, seed 1"]) == ood
@@ -294,56 +282,54 @@ def test_eval_prints_the_same_results_and_ask_answers(learned):
 
 
 def test_killed_at_a_save_and_resumed_is_the_unbroken_run(monkeypatch):
-    (out, err, _), whole, real = run(), files(), os.replace
+    def save(path, content):
+        saved.append(path)
+        if len(saved) == nth:
+            raise OSError("killed")
+        real(path, content)
+
+    (out, err, _), whole, real = run(), files(), train.save
     for nth in (2, 9, 20, 25, 41):  # of the files written: metrics, a checkpoint, ... the pictures
         saved = []
         with monkeypatch.context() as patch:
-            patch.setattr(os, "replace", lambda *paths: saved.append(paths) or (
-                real(*paths) if len(saved) < nth else exec("raise OSError('killed')")))
+            patch.setattr(train, "save", save)
             assert run()[1:] == ([*err[:(nth + 1) // 2], "train.py: killed"], 2)
         assert run("--resume") == (out, err[(nth - 1) // 2:], 0)
         assert files() == whole and len(whole) == 5
 
 
 def test_a_folder_holds_the_runs_of_one_command(monkeypatch):
-    flags, left = write_files(), []
-    run(flags)
+    run(flags := write_files())
     before = files("out")
     for other, part in (("--resume --lr 0.1", "begun with other data"),
                         ("--resume --threads 2", flags.strip()),
                         ("--no-cat", "cat-1.pt is of another command"), ("--resume", "begun")):
         if other == "--resume":  # all flags are the same, but not the file
-            Path("train.jsonl").write_text("".join(map(dump, generate(TINY, 64, seed=4))))
+            write("train", generate(TINY, 64, seed=4))
             train.load.cache_clear()
         _, err, code = run(flags + other)
         assert code == 2 and len(err) == 1 and part in err[0] and files("out") == before
-    monkeypatch.setattr(train, "train", lambda *_: left.append(files("out")) or 1 / 0)
+    monkeypatch.setattr(train, "train", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run()
-    assert left == [{}]  # a fresh start takes away what it will write, before the first step
+    assert not files("out")  # a fresh start takes away what it will write, before the first step
 
 
 @pytest.mark.parametrize("change", [
     {"argv": ["--steps", 5]}, {"argv": ["--nonsense"]}, {"argv": 7}, {"steps_done": "3"},
-    {"steps_done": 161}, {"tokenizer": ["a"]}, {"tokenizer": slice(-1)}, {"sizes": [9]},
-    {"model": {}}, b"", slice(-20), b"cos\nmkdir\n(S'hacked'\ntR."])  # it would run code
+    {"steps_done": 161}, {"tokenizer": ["a"]}, {"sizes": [9]}, {"model": {}},
+    b"", b"cos\nmkdir\n(S'hacked'\ntR."])  # a pickle that runs code
 def test_a_file_that_is_no_checkpoint_is_refused(learned, change):
-    whole = (learned[0] / "cat-1.pt").read_bytes()
+    Path("x.pt").write_bytes(change if type(change) is bytes else b"")
     if type(change) is dict:
-        state = torch.load(io.BytesIO(whole), weights_only=True)
-        for name, value in change.items():
-            state[name] = state[name][value] if type(value) is slice else value
-        torch.save(state, "x.pt")
-    else:
-        Path("x.pt").write_bytes(whole[change] if type(change) is slice else change)
+        torch.save(torch.load(learned[0] / "cat-1.pt") | change, "x.pt")
     out, err, code = run("--eval x.pt --ask", "Smoking: 3")
     assert (out, code, len(err)) == ("", 2, 1) and err[0].startswith("train.py: x.pt: no")
     assert not Path("hacked").exists()
 
 
 @pytest.mark.parametrize("flags, part", [
-    ("--rows 0", "--rows is 0"), ("--rows x", "'x'"), ("--steps 0", "--steps is 0"),
-    ("--batch-size 0", "--batch-size is 0"), ("--threads 0", "--threads is 0"),
+    ("--rows 0", "--rows is 0"), ("--rows x", "'x'"), ("--threads 0", "--threads is 0"),
     ("--alpha -1", "alpha is -1.0"), ("--gamma inf", "gamma is inf"), ("--form hing", "hinge"),
     ("--layers 2", "--layers"), ("--layers -3", "--layers"), ("--n-embd 30", "n_embd is 30"),
     ("--nonsense", "nonsense"), ("--no-cat", "not allowed"), ("--train x", "--iid"),
@@ -352,7 +338,7 @@ def test_a_file_that_is_no_checkpoint_is_refused(learned, change):
     ("--train a.jsonl --iid a.jsonl --ood a.jsonl", "no edge"),
     ("--lr 1e30 --steps 100", "lower --lr")])
 def test_bad_flags_are_one_line_and_change_nothing(flags, part):
-    Path("a.jsonl").write_text('{"input": "Room: 1 Answer: ", "target": "Low"}\n')
+    write("a", [Example("Room: 1 Answer: ", "Low")])
     Path("out").mkdir()
     Path("out/curves.svg").write_text("of an earlier run")
     before = files()
