@@ -3,7 +3,6 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from cat import (FORMS, attention_ratio, average_attention, gamma_at, re_attention_loss,
                  supervised_queries)
@@ -12,7 +11,6 @@ from oracle import loop_loss, random_case, supervised
 ALPHA = 1.5  # some queries of a random case are below, some above
 all_forms = pytest.mark.parametrize("form", FORMS)
 all_masks = pytest.mark.parametrize("mask", [None, "padding", "window"])
-both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 
 def by_hand():
@@ -101,37 +99,15 @@ def test_no_query_that_counts_is_an_exact_zero_with_a_gradient(nothing):
 
 
 @all_forms
-@pytest.mark.parametrize("left, right", [(0, 3), (3, 0), (2, 4)])
-def test_padding_on_either_side_changes_nothing(form, left, right):
-    attn, adjacency, _ = random_case(2, 6, 0, mask=None)
-    around = (left, right) * 2
-    padded, edges = F.pad(attn, around, value=1), F.pad(adjacency, around, value=True).tril()
-    mask = F.pad(torch.ones(2, 6), (left, right))
-    expected = re_attention_loss(attn, adjacency, ALPHA, form)
-    for given in (mask, mask[:, :, None] * mask[:, None]):  # the second: what each query can see
-        torch.testing.assert_close(re_attention_loss(padded, edges, ALPHA, form, given), expected)
-
-
-@all_forms
-@both_dtypes
-def test_low_precision_is_summed_in_float32(form, dtype):
-    attn, adjacency, mask = random_case(3, 12, 7, dtype)
-    loss = re_attention_loss(attn, adjacency, ALPHA, form, mask)
-    assert loss.dtype == torch.float32
-    expected = loop_loss(attn.double(), adjacency, ALPHA, form, mask)
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-
-
-@all_forms
-@both_dtypes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("weights", [[0.0, 0, 1], [0.5, 0.5, 0], [1, 0, 0], [0, 0, 0]])
-def test_exact_zeros_stay_finite(form, dtype, weights):
+def test_exact_zeros_stay_finite_and_bfloat16_is_summed_in_float32(form, dtype, weights):
     attn = torch.tensor([[[0.0, 0, 0], [0, 0, 0], weights]], dtype=dtype, requires_grad=True)
     adjacency = torch.tensor([[[0, 0, 0], [0, 0, 0], [1, 1, 0]]])
     for alpha in (1e-3, 20.0, 1e6):
         loss = re_attention_loss(attn, adjacency, alpha, form)
         grad, = torch.autograd.grad(loss, attn)
-        assert loss.isfinite() and grad.isfinite().all()
+        assert loss.isfinite() and grad.isfinite().all() and loss.dtype == torch.float32
 
 
 def test_float16_is_refused_where_its_gradients_would_overflow():
