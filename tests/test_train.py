@@ -24,6 +24,8 @@ TINY = Game("tiny", causal=(Feature("Smoking", weight=1.0),), irrelevant=(Featur
             question="Patient. {features} Answer: ", bands=((5.5, "High"), (-math.inf, "Low")))
 FLAGS = ("--game tiny --rows 64 --n-embd 16 --n-head 2 --batch-size 8 --steps 10 --threads 1 "
          "--device cpu")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def tiny_game():
     with pytest.MonkeyPatch.context() as patch:
