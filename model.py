@@ -20,9 +20,8 @@ class GPTConfig:
         for name, value in vars(self).items():
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} is {value!r}: give a whole number of at least 1")
-        if self.n_embd % (2 * self.n_head):
-            raise ValueError(f"n_embd is {self.n_embd}: rotary positions turn pairs of channels, "
-                             f"so give a multiple of 2 * n_head = {2 * self.n_head}")
+        if self.n_embd % (2 * self.n_head):  # rotary positions turn pairs of channels
+            raise ValueError(f"n_embd is {self.n_embd}: give a multiple of {2 * self.n_head}")
 
 
 def rotate(x, cos, sin):
@@ -34,7 +33,6 @@ def rotate(x, cos, sin):
 
 class CausalSelfAttention(nn.Module):
     """Multi-head attention, written out so that the map can be returned."""
-
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
@@ -57,7 +55,6 @@ class CausalSelfAttention(nn.Module):
 
 class Block(nn.Module):
     """Pre-norm: attention, then an MLP, each added to the residual stream."""
-
     def __init__(self, config):
         super().__init__()
         self.norm1 = nn.LayerNorm(config.n_embd)
@@ -74,7 +71,6 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """Decoder-only transformer: `logits, attentions = model(idx)`."""
-
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -88,17 +84,14 @@ class GPT(nn.Module):
         future = torch.ones(config.block_size, config.block_size, dtype=torch.bool).triu(1)
         for name, buffer in ("cos", angles.cos()), ("sin", angles.sin()), ("future", future):
             self.register_buffer(name, buffer, persistent=False)
-        self.apply(self.init_weights)
-
-    def init_weights(self, module):
-        """Std 1 / sqrt(fan_in) keeps a signal of size 1 through any width; GPT-2's 0.02 is meant
-        for width 768 and sits on a plateau here. Embeddings start at size 1."""
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=1 / math.sqrt(module.in_features))
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight)
+        # Std 1 / sqrt(fan_in) keeps a signal of size 1 through any width; GPT-2's 0.02 is meant for
+        # width 768 and sits on a plateau here. Embeddings start at size 1.
+        for name, weight in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(weight)
+            elif weight.dim() == 2:  # (fan_out, fan_in)
+                fan_in = 1 if name == "embed.weight" else weight.shape[1]
+                nn.init.normal_(weight, std=1 / math.sqrt(fan_in))
 
     @torch.no_grad()
     def start_alike(self, numbers):

@@ -47,12 +47,11 @@ def supervised(adjacency, mask=None):
     return found
 
 
-def loop_loss(attn, adjacency, alpha, form="hinge", mask=None):
+def loop_loss(attn, adjacency, alpha, form="hinge", mask=None, reduction="mean"):
     """`re_attention_loss` from its definition, and so slow."""
-    queries = supervised(adjacency, mask)
-    penalties = [penalty_of(attn[b, i, causal], attn[b, i, other].mean(), alpha, form)
-                 for b, i, causal, other in queries]
-    return sum(penalties) / len(penalties) if penalties else 0 * attn.sum()
+    penalties = torch.stack([penalty_of(attn[b, i, causal], attn[b, i, other].mean(), alpha, form)
+                             for b, i, causal, other in supervised(adjacency, mask)])
+    return penalties if reduction == "none" else penalties.mean()
 
 
 def random_case(B, T, seed, dtype=torch.float64, mask="padding"):
@@ -68,11 +67,9 @@ def random_case(B, T, seed, dtype=torch.float64, mask="padding"):
     adjacency[:, T // 2] = torch.arange(T) <= T // 2  # causal keys only: must not count
     if mask is None:
         return attn, adjacency, None
-    seen = torch.ones(B, T, dtype=torch.bool)
-    for b in range(B):
-        pad = int(torch.randint(1, T // 2, (), generator=g))
-        seen[b, :pad] = b % 2 == 0
-        seen[b, T - pad:] = b % 2 == 1
+    pad = torch.randint(1, T // 2, (B, 1), generator=g)
+    seen = torch.arange(T) >= pad
+    seen[::2] = seen[::2].flip(1)
     if mask == "window":
         seen = (seen[:, :, None] & seen[:, None]).triu(-(T // 2))
     return attn, adjacency, seen
