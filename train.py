@@ -83,6 +83,10 @@ def parse_args(argv=None):
     GPTConfig(1, 1, args.n_layer, args.n_head, args.n_embd)
     gamma_at(0, args.gamma, args.decay)
     re_attention_loss(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), args.alpha, args.form)
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError):
+        error(f"--device is {args.device}, which this torch does not find: give cpu")
     return args
 
 
@@ -359,12 +363,12 @@ def curves_svg(metrics):
     """Accuracy on what is watched while training, a curve a seed: OOD solid, the others dashed."""
     last, curves = metrics[-1]["step"], {}
     for line in metrics:
-        for split in {"iid", "ood", "train"} & set(line):
+        for split in line.keys() & {"iid", "ood", "train"}:
             point = f"{30 + 570 * line['step'] / last:.0f},{320 - 300 * line[split]:.0f}"
             curves.setdefault((line["run"], line["seed"], split), []).append(point)
     parts = [words(0, 324 - 60 * i, f"{i / 5:.1f}") for i in range(6)]
     parts.append(words(540, 340, f"step {last}"))
-    for (run, _, split), points in curves.items():
+    for (run, _, split), points in sorted(curves.items()):
         color, y = ("#0072b2", 24) if run == "cat" else ("#d55e00", 64)
         dash, y = ("none", y) if split == "ood" else ("6 4", y + 20)
         parts += [f'<polyline points="{" ".join(points)}" fill="none" stroke="{color}" '

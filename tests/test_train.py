@@ -59,10 +59,10 @@ def run(flags="", *words):
 
 
 def table(out):
-    """{run: {column: number}} of a printed table."""
+    """{"run seed": {column: number}} of a printed table."""
     header, *lines = (re.split(r"\s{2,}", line.strip())
                       for line in out[out.index("run  "):].splitlines())
-    return {run: dict(zip(header[1:], map(float, cells))) for run, *cells in lines}
+    return {f"{run} {seed}": dict(zip(header[2:], map(float, cells))) for run, seed, *cells in lines}
 
 
 def files(folder="."):
@@ -110,11 +110,11 @@ def test_one_function_says_what_is_supervised(monkeypatch, learned):
         return torch.eye(T)[:1].expand(B, T, T)
 
     monkeypatch.setattr(train, "read_out", first_key)
-    for line in run("--cat --open-path --alpha 1000")[1]:  # no cause has any attention
+    for line in run("--runs cat --open-path --alpha 1000")[1]:  # no cause has any attention
         assert json.loads(line)["attn_loss"] > math.log(1000 / 1e-8 / 20)
-    checkpoint = "--eval", learned[0] / "cat-1.pt"
-    assert table(run(*checkpoint)[0])["cat, seed 1"]["other"] == 1
-    out = run(*checkpoint, "--ask", "Smoking: 1")[0]
+    checkpoint = learned[0] / "cat-1.pt"
+    assert table(run("--eval", checkpoint)[0])["cat 1"]["other"] == 1
+    out = run("--ask", checkpoint, "Smoking: 1")[0]
     assert out.startswith("Patient[100%]") and out.count("%") == 1
 
 
@@ -162,7 +162,7 @@ def test_cat_holds_out_of_distribution(learned):
     without, first, with_cat = lines[9], lines[10], lines[19]
     assert {"loss", "iid", "ood"} < set(first) and with_cat["ratio"] > 20 > 5 > without["ratio"] > 0
     assert 0 < with_cat["attn_loss"] < first["attn_loss"] / 2 < without["attn_loss"]
-    without, with_cat = (table(out)[name] for name in ("no-cat, seed 1", "cat, seed 1"))
+    without, with_cat = (table(out)[name] for name in ("no-cat 1", "cat 1"))
     assert min(with_cat["iid"], with_cat["ood"]) > 0.9 and without["iid"] > without["ood"] + 0.1
     assert with_cat["changed"] < 0.1 < without["changed"] and with_cat["causal"] > 0.8
 
@@ -170,10 +170,11 @@ def test_cat_holds_out_of_distribution(learned):
 @pytest.mark.parametrize("game", [TINY, replace(TINY, bands=(), scale=(0, 100))])
 def test_the_table_counts_answers_and_attention_by_role(monkeypatch, game):
     monkeypatch.setitem(GAMES, "tiny", game)
-    results = table(run("--no-cat --steps 80 --lr 0.02")[0])
-    model, tokenizer, args, _ = train.load_checkpoint("out/no-cat-1.pt", "cpu")
+    result = table(run("--runs no-cat --steps 80 --lr 0.02")[0])["no-cat 1"]
+    model, args, _ = train.load_checkpoint("out/no-cat-1.pt", "cpu")
     pairs, looks = {"iid": [], "ood": [], "redrawn": []}, []
     for split, data in train.load_data(args, 1).items():
+        tokenizer = data.tokenizer
         for ids, at, role in zip(data.idx, data.answer, data.role) if split in pairs else ():
             (logits,), attentions = model(ids[None])
             text = tokenizer.decode(ids.tolist())
@@ -191,30 +192,26 @@ def test_the_table_counts_answers_and_attention_by_role(monkeypatch, game):
     if game.scale:
         errors = [abs(int(a) - int(b)) for a, b in pairs["ood"] if a.isdigit()]
         expected |= {"ood +-1": sum(e <= 1 for e in errors) / 100, "ood error": mean(errors)}
-    line, constant = results["no-cat, seed 1"], results["most frequent answer"]
-    assert {name: line[name] for name in expected} == pytest.approx(expected, abs=1e-3)
     for split in ("iid", "ood"):
         (_, often), = Counter(right for _, right in pairs[split]).most_common(1)
-        assert constant[split] == often / 100 < 1
+        expected[f"{split} constant"] = often / 100
+    assert {name: result[name] for name in expected} == pytest.approx(expected, abs=1e-3)
 
 
-def test_several_seeds_are_averaged_in_the_table_and_the_curves():
+def test_several_seeds_are_averaged_in_the_table_and_drawn():
     out, err, _ = run("--seed 1 2 3 --steps 40 --lr 0.02")
-    results, ends = table(out), [line for line in map(json.loads, err) if line["step"] == 40]
+    results = table(out)
     for name in ("no-cat", "cat"):
         for column in ("iid", "ood", "changed", "causal"):
-            values = [results[f"{name}, seed {seed}"][column] for seed in (1, 2, 3)]
-            for what, f in (("mean", mean), ("deviation", stdev), ("lowest", min)):
-                if what != "lowest" or column in ("iid", "ood"):  # else it would show the best
-                    assert results[f"{name}, {what}"][column] == pytest.approx(f(values), abs=2e-3)
-    picture = ElementTree.parse("out/curves.svg").getroot()
-    labels = {f"{name} {split} {mean(line[split] for line in ends if line['run'] == name):.2f}"
-              for name in ("no-cat", "cat") for split in ("iid", "ood")}
-    assert labels < {text.text for text in picture.iterfind("{*}text")}
-    for curve in picture.iterfind("{*}polyline"):  # learning goes up and to the right
-        (x, y), *_, (last_x, last_y) = (map(float, point.split(","))
-                                        for point in curve.get("points").split())
-        assert last_x > x and last_y < y
+            values = [results[f"{name} {seed}"][column] for seed in (1, 2, 3)]
+            for what, f in (("mean", mean), ("stdev", stdev), ("lowest", min)):
+                assert results[f"{name} {what}"][column] == pytest.approx(f(values), abs=2e-3)
+    curves = list(ElementTree.parse("out/curves.svg").getroot().iterfind("{*}polyline"))
+    assert len(curves) == 3 * 2 * 2
+    points = [[[*map(float, point.split(","))] for point in curve.get("points").split()]
+              for curve in curves]
+    assert all(curve[0][0] < curve[-1][0] for curve in points)  # to the right, and y goes down:
+    assert mean(curve[0][1] for curve in points) > mean(curve[-1][1] for curve in points)
 
 
 def test_the_attention_picture_shows_what_ask_says(learned):
@@ -228,7 +225,7 @@ def test_the_attention_picture_shows_what_ask_says(learned):
     cause, copy = (re.search(rf"{name}: (\d+)", question)[1] for name in ("Smoking", "Fingers"))
     right, wrong = sorted(("High", "Low"), key=lambda answer: answer != TINY.answer(int(cause)))
     assert captions == [f"no-cat: {wrong}, right is {right}", f"cat: {right}, right is {right}"]
-    shown = run("--eval", learned[0] / "no-cat-1.pt", "--ask", question)[0]
+    shown = run("--ask", learned[0] / "no-cat-1.pt", question)[0]
     for text, shade in words:
         share = re.match(r"(?:\[(\d+)%\])?", shown := shown.removeprefix(text.text))
         assert shade == pytest.approx(min(1, 0.03 * int(share[1] or 2)), abs=0.1)
@@ -248,7 +245,7 @@ def test_no_test_example_is_looked_at_while_training(monkeypatch):
         with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
             patch.setattr(train.GPT, "forward", forward)
             patch.setattr(train, "test", lambda *_: 1 / 0)  # here training has ended
-            run("--cat " + flags)
+            run("--runs cat " + flags)
         data = train.load_data(train.parse_args([*FLAGS.split(), *flags.split()]), 1)
         T = data["train"].idx.shape[1]  # others may be padded to more
         tested, looked = ({tuple(ids[:T]) for ids in some} for some in (
@@ -257,34 +254,34 @@ def test_no_test_example_is_looked_at_while_training(monkeypatch):
 
 
 def test_own_files_show_roles_and_without_numbers_no_ood():
-    flags = "--cat " + write_files()
-    result = table(run(flags)[0])["cat, seed 1"]
+    flags = "--runs cat " + write_files()
+    result = table(run(flags)[0])["cat 1"]
     assert min(map(result.get, ROLES)) > 0 and "changed" in result
     orders = train.load_data(train.parse_args(f"{flags} --orders 3".split()), 1)["train"].idx
     assert len(orders) == 3 * 64 and len(orders.unique(dim=0)) > 100
     write("words", [Example(f"A {cause} {n * '<very> & '}day. It is ", effect, ({effect: [cause]},))
                     for cause, effect in (("sunny", "good"), ("rainy", "bad")) for n in range(12)])
     for file, ood in ("train", True), ("words", False):
-        out, err, _ = run(f"--cat --train {file}.jsonl --val 0.25 --out {file}")
-        assert ("ood" in json.loads(err[0])) == ("ood" in table(out)["cat, seed 1"]) == ood
+        out, err, _ = run(f"--runs cat --train {file}.jsonl --val 0.25 --out {file}")
+        assert ("ood" in json.loads(err[0])) == ("ood" in table(out)["cat 1"]) == ood
         assert len(ElementTree.parse(f"{file}/attention.svg").getroot()) > 20
 
 
 def test_eval_prints_the_same_results_and_ask_answers(learned):
     folder, out, _ = learned
     again = run("--eval", folder / "cat-1.pt")[0].splitlines()
-    assert len(again) == 3 and set(again) <= set(out.splitlines())
+    assert len(again) == 2 and set(again) <= set(out.splitlines())
     for number in (9, 2):
         text = f"Room: 1, Fingers: 5, Smoking: {number}"
-        asked = {run("--eval", folder / "cat-1.pt", "--ask", before + text + after)[0]
+        asked = {run("--ask", folder / "cat-1.pt", before + text + after)[0]
                  for before in ("", "Patient. ") for after in ("", " Answer:", " Answer: ")}
         assert len(asked) == 1  # what all questions begin and end with need not be typed
         shown, answer = asked.pop().splitlines()
         assert answer == TINY.answer(number)
         assert int(re.search(rf"Smoking: {number}\[(\d+)%\]", shown)[1]) > 50
         assert re.sub(r"\[\d+%\]", "", shown) == f"Patient. {text} Answer: "
-    torch.save(torch.load(folder / "cat-1.pt") | {"answers": ["Middle"]}, "other.pt")
-    assert "Low (no training target)" in run("--eval other.pt --ask", "Smoking: 2")[0]
+    run("--runs cat --steps 1")
+    assert "(no training target)" in run("--ask out/cat-1.pt", "Smoking: 2")[0]
 
 
 def test_killed_at_a_save_and_resumed_is_the_unbroken_run(monkeypatch):
@@ -309,7 +306,7 @@ def test_a_folder_holds_the_runs_of_one_command(monkeypatch):
     before = files("out")
     for other, part in (("--resume --lr 0.1", "begun with other data"),
                         ("--resume --threads 2", flags.strip()),
-                        ("--no-cat", "cat-1.pt is of another command"), ("--resume", "begun")):
+                        ("--runs no-cat", "cat-1.pt is of another command"), ("--resume", "begun")):
         if other == "--resume":  # all flags are the same, but not the file
             write("train", generate(TINY, 64, seed=4))
             train.load.cache_clear()
@@ -324,13 +321,13 @@ def test_a_folder_holds_the_runs_of_one_command(monkeypatch):
 
 @pytest.mark.parametrize("change", [
     {"argv": ["--steps", 5]}, {"argv": ["--nonsense"]}, {"argv": 7}, {"steps_done": "3"},
-    {"steps_done": 161}, {"tokenizer": ["a"]}, {"sizes": [9]}, {"model": {}},
+    {"steps_done": 161}, {"sizes": [9]}, {"model": {}},
     b"", b"cos\nmkdir\n(S'hacked'\ntR."])  # a pickle that runs code
 def test_a_file_that_is_no_checkpoint_is_refused(learned, change):
     Path("x.pt").write_bytes(change if type(change) is bytes else b"")
     if type(change) is dict:
         torch.save(torch.load(learned[0] / "cat-1.pt") | change, "x.pt")
-    out, err, code = run("--eval x.pt --ask", "Smoking: 3")
+    out, err, code = run("--ask x.pt", "Smoking: 3")
     assert (out, code, len(err)) == ("", 2, 1) and err[0].startswith("train.py: x.pt: no")
     assert not Path("hacked").exists()
 
@@ -339,9 +336,9 @@ def test_a_file_that_is_no_checkpoint_is_refused(learned, change):
     ("--rows 0", "--rows is 0"), ("--rows x", "'x'"), ("--threads 0", "--threads is 0"),
     ("--alpha -1", "alpha is -1.0"), ("--gamma inf", "gamma is inf"), ("--form hing", "hinge"),
     ("--layers 2", "--layers"), ("--layers -3", "--layers"), ("--n-embd 30", "n_embd is 30"),
-    ("--nonsense", "nonsense"), ("--no-cat", "not allowed"), ("--train x", "--iid"),
+    ("--nonsense", "nonsense"), ("--runs all", "'no-cat', 'cat'"), ("--train x", "--iid"),
     ("--val 0.5", "--val"), ("--train none.jsonl --val 0.5", "none.jsonl"),
-    ("--eval none.pt", "none.pt"), ("--ask x", "--eval"), ("--device nonsense", "nonsense"),
+    ("--eval none.pt", "none.pt"), ("--ask x", "--ask"), ("--device nonsense", "nonsense"),
     ("--train a.jsonl --iid a.jsonl --ood a.jsonl", "no edge"),
     ("--lr 1e30 --steps 100", "lower --lr")])
 def test_bad_flags_are_one_line_and_change_nothing(flags, part):
@@ -349,6 +346,6 @@ def test_bad_flags_are_one_line_and_change_nothing(flags, part):
     Path("out").mkdir()
     Path("out/curves.svg").write_text("of an earlier run")
     before = files()
-    _, err, code = run("--cat " + flags)
+    _, err, code = run("--runs cat " + flags)
     assert code == 2 and len(err) == 1 and err[0].startswith("train.py: ") and part in err[0]
     assert files() == before or part == "lower --lr"  # the loss explodes only after training began
