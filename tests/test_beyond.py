@@ -56,8 +56,7 @@ def test_the_loop_moves_attention_to_the_causal_keys():
     before, optimizer = ratio(), torch.optim.Adam(gpt.parameters(), lr=0.01)
     loop, = (code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL)
              if "output_attentions" in code)
-    exec(loop, {"model": model, "optimizer": optimizer, "epochs": 20,
-                "loader": [(INPUTS, ADJACENCY)] * 2})
+    exec(loop, {"model": model, "optimizer": optimizer, "loader": [(INPUTS, ADJACENCY)] * 40})
     assert ratio() > 3 * before
 
 
