@@ -27,7 +27,7 @@ from data import (EDGES, END, GAMES, ROLES, adjacency_of, build_tokenizer, chara
 from model import GPT, GPTConfig
 
 RUNS = ["no-cat", "cat"]
-TEST, WATCH = 1000, 200  # examples in a generated test set; examples watched while training
+TEST, WATCH = 1000, 100  # examples in a generated test set; examples watched while training
 
 
 def parse_args(argv=None):
