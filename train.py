@@ -15,8 +15,7 @@ import random
 import zlib
 from collections import Counter
 from pathlib import Path
-from statistics import fmean as mean
-from statistics import stdev
+from statistics import fmean as mean, stdev
 
 import torch
 import torch.nn.functional as F
