@@ -29,7 +29,7 @@ def average_attention(attentions):
     for attn in attentions:
         if attn.shape != (B, attn.shape[1], T, T):
             raise ValueError(f"attn {tuple(attn.shape)}: must be (B, H, T, T), B and T equal")
-    # sum / H, not mean: backward then divides a (B, T, T)
+    # sum / H, not mean: its backward divides a (B, T, T)
     return sum(widen(a).sum(dim=1) / (a.shape[1] * len(attentions)) for a in attentions)
 
 
@@ -59,8 +59,8 @@ def supervised_queries(adjacency, mask=None):
         mask = mask.bool()
         seen = seen & (mask[b, i] if mask.dim() == 3 else mask[b] & mask[b, i][:, None])
     causal_keys, other_keys = edges & seen, seen & ~edges
-    counts = (causal_keys.sum(dim=-1) > 0) & (other_keys.sum(dim=-1) > 0)
-    return b[counts], i[counts], causal_keys[counts], other_keys[counts]
+    both = (causal_keys.sum(dim=-1) > 0) & (other_keys.sum(dim=-1) > 0)
+    return b[both], i[both], causal_keys[both], other_keys[both]
 
 
 def attention_ratio(attn, adjacency, mask=None):

@@ -134,12 +134,8 @@ def generate(game, n, ood=False, seed=0, exclude=()):
     ValueError for n < 1 or more than the game has."""
     rng, examples = random.Random(f"{game.name} {ood} {seed}"), []
     before, after = game.question.split("{features}")
-
-    def phrases(example):  # in whatever order
-        text = example.input.removeprefix(before).removesuffix(after)
-        return frozenset(re.split("[.,;] ", text))
-
-    seen = {phrases(example) for example in exclude}
+    numbers = lambda text: frozenset(re.split("[.,;] ", text[len(before):len(text) - len(after)]))
+    seen = {numbers(example.input) for example in exclude}
     for _ in range(1000 + 100 * n):
         value = {f.name: draw(f, rng) + rng.gauss(0, f.noise)
                  for f in game.causal + game.irrelevant}
@@ -157,8 +153,8 @@ def generate(game, n, ood=False, seed=0, exclude=()):
             text = ", ".join(rng.sample(causal + spurious + irrelevant, len(value)))
         answer = game.answer(sum(f.weight * value[f.name] for f in game.causal))
         example = Example(before + text + after, answer, ({answer: causal},), tuple(spurious))
-        if phrases(example) not in seen:
-            seen.add(phrases(example))
+        if numbers(example.input) not in seen:
+            seen.add(numbers(example.input))
             examples.append(example)
         if len(examples) == n:
             return examples
@@ -252,7 +248,7 @@ def read(path):
     counts, unused = Counter(), defaultdict(list)
     for example in examples:
         edges, causal, _, notes = phrases_to_edges(example)
-        counts.update({"with edges": bool(edges), "with edges at the answer": bool(causal)})
+        counts.update({"with edges": +bool(edges), "with edges at the answer": +bool(causal)})
         for what, phrase in notes:
             unused[what].append(f"{phrase!r} in {example.source}")
     return examples, "; ".join([
@@ -482,7 +478,7 @@ def inside_of(data, ix):
 
 def show(examples, row=None):
     """The edges of the example on line `row` of its file, or of the first that has any, as text.
-    ValueError when that line has none."""
+    ValueError when no example is on that line."""
     wanted = [e for e in examples
               if (e.source.endswith(f":{row}") if row else phrases_to_edges(e)[0])]
     if row and not wanted:
@@ -580,12 +576,11 @@ def check(labelled, truth):
             tp, fp, fn = tp + len(true & edges), fp + len(extra), fn + len(missing)
             compared.append((len(missing + extra),
                              f"{e.source}: missing {missing}, too many {extra}"))
-    precision, recall = tp / max(tp + fp, 1), tp / max(tp + fn, 1)
-    f1 = 2 * tp / max(2 * tp + fp + fn, 1)
     worst = sorted(compared, key=lambda pair: -pair[0])[:3]
-    return "\n".join([f"{len(compared)} of {len(labelled)} examples have true labels; edges: "
-                      f"precision {precision:.3f}, recall {recall:.3f}, F1 {f1:.3f}",
-                      *(text for _, text in worst)])
+    return "\n".join([
+        f"{len(compared)} of {len(labelled)} examples have true labels; edges: "
+        f"precision {tp / max(tp + fp, 1):.3f}, recall {tp / max(tp + fn, 1):.3f}, "
+        f"F1 {2 * tp / max(2 * tp + fp + fn, 1):.3f}", *(text for _, text in worst)])
 
 
 def main(argv=None):

@@ -26,7 +26,7 @@ from data import (EDGES, END, GAMES, ROLES, adjacency_of, build_tokenizer, chara
 from model import GPT, GPTConfig
 
 RUNS = ["no-cat", "cat"]
-TEST, WATCH = 1000, 100  # examples in a generated test set; examples watched while training
+TEST, WATCH = 1000, 200  # examples in a generated test set; examples watched while training
 
 
 def parse_args(argv=None):
@@ -56,9 +56,8 @@ def parse_args(argv=None):
     add("--decay", type=float, default=0.0, help="gamma falls to exp(-decay) of that")
     add("--layers", type=int, nargs="+", default=[-1], help="that look at the causes")
     add("--open-path", action="store_true", help="leave the layers below these alone")
-    add("--n-layer", type=int, default=GPTConfig.n_layer, help="layers")
-    add("--n-head", type=int, default=GPTConfig.n_head, help="heads in a layer")
-    add("--n-embd", type=int, default=GPTConfig.n_embd, help="width")
+    for size in "layer", "head", "embd":
+        add(f"--n-{size}", type=int, default=getattr(GPTConfig, f"n_{size}"), help="of the model")
     add("--seed", type=int, nargs="+", default=[1], help="of data, weights and order")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="such as mps")
     add("--threads", type=int, default=torch.get_num_threads(), help="of a CPU")
@@ -180,19 +179,19 @@ def begin(args, seed, run, data):
     tokenizer, T = data["train"].tokenizer, max(part.idx.shape[1] for part in data.values())
     pieces = [tokenizer.decode_single_token_bytes(i) for i in range(tokenizer.n_vocab - 1)]
     sizes = [tokenizer.n_vocab, T, args.n_layer, args.n_head, args.n_embd]
-    model = GPT(GPTConfig(*sizes)).to(args.device)
+    model = GPT(GPTConfig(*sizes))
     model.start_alike({i: float(piece) for i, piece in enumerate(pieces) if piece.isdigit()})
-    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer = torch.optim.AdamW(model.to(args.device).parameters())
     # Going on ends as an unbroken run would, since nothing random happens in a step: the order of
     # the examples follows from the seed; weights, optimiser and step stand in the checkpoint.
     n, B = len(data["train"].idx), args.batch_size
     order = torch.cat([torch.randperm(n) for _ in range(args.steps * B // n + 1)])
-    state = {"argv": args.argv, "run": run, "seed": seed, "threads": args.threads,
-             "data": checksum(data), "sizes": sizes, "steps_done": 0, "metrics": []}
-    path = Path(args.out, f"{run}-{seed}.pt")
+    begun = {"argv": args.argv, "run": run, "seed": seed, "threads": args.threads,
+             "data": checksum(data), "sizes": sizes}
+    state, path = {**begun, "steps_done": 0, "metrics": []}, Path(args.out, f"{run}-{seed}.pt")
     if args.resume and path.exists():
         saved = load_checkpoint(path, args.device)[-1]
-        if any(saved[name] != state[name] for name in list(state)[:6]):
+        if {name: saved[name] for name in begun} != begun:
             raise ValueError(f"{path} was begun with other data, flags or threads: give those, "
                              f"{' '.join(saved['argv'])}, {saved['threads']}, or another --out")
         model.load_state_dict(saved["model"])
@@ -222,7 +221,7 @@ def train(args, seed, run, data, earlier=()):
         loss.backward()
         optimizer.step()
         recent.append((l_next.item(), l_attn.item()))
-        # 4. after every tenth of the run: watch, log, save
+        # 4. whenever another tenth of the run is full: watch, log, save
         if (step + 1) * 10 // args.steps > step * 10 // args.steps:
             l_next, l_attn = map(mean, zip(*recent))
             line = {"run": run, "seed": seed, "step": step + 1, "loss": l_next, "attn_loss": l_attn,
@@ -281,8 +280,8 @@ def test(model, data, args):
     that change when spurious numbers are drawn anew, 0 when none is read. Roles: shares of the
     attention that the answer pays."""
     scores = {}
-    for split in (split for split in ("iid", "ood") if split in data):
-        answers, look = evaluate(model, data[split], args)
+    for split in ("iid", "ood") if "ood" in data else ("iid",):
+        answers, look = evaluate(model, data[split], args)  # the last ones are used below
         scores |= score(split, answers)
     if "redrawn" in data:
         redrawn, _ = evaluate(model, data["redrawn"], args)
@@ -299,10 +298,13 @@ def print_table(results):
     columns, rows = dict.fromkeys(c for result in results for c in result), []
     for run in dict.fromkeys(result["run"] for result in results):
         of_run = [result for result in results if result["run"] == run]
-        values = {c: [result[c] for result in of_run if c in result] for c in columns}
-        rows += of_run + [{"run": run, "seed": name} | {
-            c: f(x) for c, x in values.items() if c not in ("run", "seed") and len(x) == len(of_run)
-        } for name, f in (("mean", mean), ("stdev", stdev), ("lowest", min)) if len(of_run) > 1]
+        rows += of_run
+        for name, f in ("mean", mean), ("stdev", stdev), ("lowest", min):
+            if len(of_run) > 1:
+                rows.append({"run": run, "seed": name})
+                for c in list(columns)[2:]:
+                    if all(c in result for result in of_run):
+                        rows[-1][c] = f([result[c] for result in of_run])
     for row in [dict(zip(columns, columns)), *rows]:
         cells = [(row.get(c, ""), max(8, len(c) + 2)) for c in columns]
         print("".join(f"{x:<{w}.3f}" if type(x) is float else f"{x:<{w}}" for x, w in cells))
@@ -380,9 +382,8 @@ def run_all(args):
     """All seeds, without and with CAT, the table and the pictures."""
     out, results, metrics, pictured = Path(args.out), [], [], {}
     mine = [f"{run}-{seed}.pt" for run in args.runs for seed in args.seed]
-    for path in out.glob("*.pt"):
-        if path.name not in mine:
-            raise ValueError(f"{path} is of another command: give another --out, or remove it")
+    for path in {*out.glob("*.pt")} - {out / name for name in mine}:
+        raise ValueError(f"{path} is of another command: give another --out, or remove it")
     for seed in args.seed:
         data = load_data(args, seed)
         if "cat" in args.runs and not data["train"].edges.numel():
