@@ -46,12 +46,11 @@ def test_the_easy_game_has_three_bands_and_exact_copies_that_become_independent(
     assert bounds[27] and bounds[72] and Counter(e.target for e in examples)["Middle Risk"] > 300
     for copy, cause, ratio in (("Yellow fingers", "Smoking", 1.5), ("Clothing size", "Weight", 1),
                                ("Hormones", "Exercise", 0.5)):
-        pairs = Counter((v[copy], v[cause]) for v in values)
+        copies, causes = [v[copy] for v in values], [v[cause] for v in values]
         if ood:
-            chi2 = sum((pairs[i, j] - 20) ** 2 / 20 for i in range(1, 11) for j in range(1, 11))
-            assert chi2 < 149  # 99 degrees of freedom: above this once in a thousand
+            assert {*copies} == {*range(1, 11)} and abs(correlation(copies, causes)) < 0.08
         else:
-            assert all(x == math.floor(ratio * y) for x, y in pairs)
+            assert copies == [math.floor(ratio * x) for x in causes]
 
 
 # low, high, standard deviation of the noise, weight in the index
@@ -97,9 +96,8 @@ def test_examples_are_repeatable_and_no_two_have_the_same_numbers():
     numbers = lambda examples: {tuple(sorted(parse(example).items())) for example in examples}
     iid = generate(STG, 1000, seed=5)
     assert generate(STG, 1000, seed=5) == iid != generate(STG, 1000, seed=6)
-    assert len(numbers(iid)) == 1000
     again = numbers(generate(STG, 1000, seed=5, exclude=iid[:500]))
-    assert not again & numbers(iid[:500]) and again > numbers(iid[500:])
+    assert len(again) == 1000 and again - numbers(iid[:500]) == again > numbers(iid[500:])
     smoking = lambda ood: [parse(generate(STG, 1, ood, n)[0])["Smoking"] for n in range(50)]
     assert sum(map(float.__eq__, smoking(False), smoking(True))) < 15  # 5 by chance: two streams
     tiny = Game("tiny", (), (), STG.irrelevant, "{features} Answer: ", ((-math.inf, "yes"),))
@@ -125,7 +123,6 @@ def test_generated_texts_look_like_the_released_ones(game, file):
     (dict(spurious=(Feature("B", copies="Aa"),)), "B copies 'Aa': give one of .*A"),
     (dict(irrelevant=(Feature("C", 9, 2),)), "C is 9 to 2: lower first"),
     (dict(bands=((5, "yes"),)), r"bands from \[5\]: highest first, -math.inf last"),
-    (dict(bands=()), r"bands from \[\]: "),
     (dict(bands=((1, "no"), (5, "yes"), (-math.inf, "?"))), r"bands from \[1, 5, -inf\]: "),
     (dict(question="A number. Answer: "), "write {features} once in the question")])
 def test_a_mistake_in_a_game_is_one_line_with_the_remedy(wrong, part):
@@ -184,24 +181,19 @@ def test_edges_value_span_spurious_and_random():
     assert chosen["value"] == ["40", "8", "-10", "fair"]  # each number, else the phrase
     assert chosen["spurious"] == ["3", "7"]
     assert len({*chosen["random"]} & {*re.findall(r"\w+", example.input)}) == 4  # as in value
-    few = narrow_edges("8 9", [((2, 3), (0, 1)), ((2, 3), (0, 2))], [], "random", random.Random(0))
+    few = narrow_edges("8 9", [((2, 3), (0, 1))] * 2, [], "random", random.Random(0))
     assert few == [((2, 3), (0, 1))]  # no more than there are words
     one, two, same = (encode([example], tokenizer_of([example]), "random", seed=seed).edges.tolist()
                       for seed in (1, 2, 1))
     assert one == same != two
 
 
-@pytest.mark.parametrize("text, items", [
-    ("Please predict the risk. Smoking: 8, Room size: 6 Answer: High Risk",
-     {"8": "Smoking: 8", "6": "Room size: 6", "High Risk": "Answer: High Risk"}),
-    ("Coal Dependency: 41.9%; Burning: 47.9. Speed: 114.2Mbps. Scale of 0-100? Answer: 32",
-     {"41.9": "Coal Dependency: 41.9", "47.9": "Burning: 47.9", "114.2": "Speed: 114.2",
-      "32": "Answer: 32", "Answer: 32": "Answer: 32"}),
-    ("PM2.5: 40\nA b\nB! C", {"40": "PM2.5: 40", "B": "B", "C": "C"})])
-def test_an_item_begins_after_a_separator_or_number(text, items):
-    for span, item in items.items():
-        start = text.rindex(span)
-        assert text[BEFORE_ITEM.match(text, 0, start).end():start + len(span)] == item
+@pytest.mark.parametrize("text, item", [
+    ("Please predict it. Room size: 6", "Room size: 6"), ("Coal: 41.9%; Wood: 8", "Wood: 8"),
+    ("on a 0-100 scale? Answer: 3", "Answer: 3"), ("A: 1. PM2.5: 4", "PM2.5: 4"),
+    ("A b\nB", "B"), ("A b! C", "C"), ("High Risk", "High Risk")])
+def test_an_item_begins_after_a_separator_or_number(text, item):
+    assert text[BEFORE_ITEM.match(text, 0, len(text) - 1).end():] == item
 
 
 def test_the_vocabulary_has_the_numbers_that_occur_and_any_text_comes_back():
@@ -214,7 +206,7 @@ def test_the_vocabulary_has_the_numbers_that_occur_and_any_text_comes_back():
     rng, kinds = random.Random(0), ((32, 127), (32, 1536), (0x4E00, 0x9FFF), (0xE000, 0x110000))
     for _ in range(300):
         text = "".join(chr(rng.randrange(*rng.choice(kinds))) for _ in range(rng.randrange(30)))
-        text += rng.choice(("", END, " Smoking: 8"))
+        text += rng.choice((END, " Smoking: 8"))
         tokens = tokenizer.encode_ordinary(text)
         assert tokenizer.decode(tokens) == text and tokenizer.n_vocab - 1 not in tokens
         characters = iter([n for n, c in enumerate(text) for _ in c.encode()])  # of each byte
@@ -244,12 +236,11 @@ def test_roles_and_edges_are_on_the_tokens_that_the_game_wrote(game, edges):
         queries = adjacency.any(1)
         assert tokenizer.decode(dataset.targets[n, queries].tolist()) == example.target
         assert (adjacency[queries] == (dataset.role[n] == keys)).all()
-        text = tokenizer.encode_ordinary(example.input + example.target)
-        assert dataset.idx[n, :len(text)].tolist() == text  # the prompt's tokens are its beginning
 
 
 def test_padding_and_batches_of_repeated_and_of_empty_examples():
-    answered = linked("a 1 b 2 c 3 ", "d e", "d e", "1", spurious=["2"])
+    # what is called both is causal, and the answer has no role
+    answered = linked("a 1 b 2 c 3 ", "d e", "d e", "1", spurious=["2", "1", "d"])
     within = linked("a 1 b 2 ", "d", "b", "1")  # an effect that is not the answer gives no role
     examples = [answered, within, Example("a ", "b")]
     tokenizer = tokenizer_of(examples)
