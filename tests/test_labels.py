@@ -59,6 +59,7 @@ RISK = "Weight: 4, Smoking: 8, high risk? Answer: ", "High Risk"
     (RISK, [{"Smoking": ["Weight", "high risk"]}, {"No": ["Weight"]}],
      [("Smoking", 11, "Weight", 0)], [("late", "high risk"), ("not found", "No")]),
     (("5 and 5 Answer: ", "5"), [{"5": ["5", "5"]}], [("5", 16, "5", 0), ("5", 16, "5", 6)], []),
+    (("It is", "positive"), [{"positive": ["It"]}], [("positive", 5, "It", 0)], []),
     (("Room: 3 Answer: ", "32"), [{"Answer: 32": ["3"]}], [("Answer: 32", 8, "3", 6)], []),
     # a cause that overlaps its effect is none
     (("a b c ", "d"), [{"b c": ["a b", "a"]}], [("b c", 2, "a", 0)], [("late", "a b")]),
@@ -192,17 +193,14 @@ def test_reorder_leaves_an_example_alone_that_would_change_its_meaning():
     rng = random.Random(0)
     for example in [Example("A: 1, B: 2 ", "x", ({"x": ["A: 1, B: 2"]},)),
                     Example("A: 1, B: 2 ", "x", spurious=("1, B: 2",)), Example("No item", "x"),
-                    Example("Weight: 4 kg, Room: 5 ", "x"),
-                    Example("Is A: 1, or is it B: 2? ", "x"),
+                    Example("Weight: 4 kg, Room: 5 ", "x"), Example("A: 1, or is it B: 2? ", "x"),
                     Example("Day: 1, Price: 5, Day: 2, Price: 7 ", "x")]:
         assert all(reorder(example, rng) == example for _ in range(9))
-    inner = Example("A: 1, B: 2, C: 3 Answer: ", "x", ({"2": ["1"]},))  # B stays after A
-    changed = [reorder(inner, rng) for _ in range(20)]
-    assert all(edge_texts(example) == [("2", "1")] for example in changed)
-    assert len({example.input for example in changed}) > 1
-    whole = Example("PM2.5: 40, Date: 2024-05-06, Score: 8/10 ", "x")
-    assert len({reorder(whole, rng).input for _ in range(40)}) == 6
-    assert {*re.split(", ?| $", reorder(whole, rng).input)} == {*re.split(", ?| $", whole.input)}
+    inner = Example("A: 1, B: 2, C: 3 Answer: ", "x", ({"2": ["1"]},))
+    changed = {reorder(inner, rng).input.removesuffix(" Answer: ") for _ in range(40)}
+    assert changed == {"A: 1, B: 2, C: 3", "A: 1, C: 3, B: 2", "C: 3, A: 1, B: 2"}  # B after A
+    whole = Example("PM2.5: 40, Score: 8/10 ", "x")
+    assert {reorder(whole, rng).input for _ in range(9)} == {whole.input, "Score: 8/10, PM2.5: 40 "}
 
 
 def test_show_draws_the_example_asked_for(tmp_path):

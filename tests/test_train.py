@@ -95,9 +95,8 @@ def test_losses(flags, next_terms, causes, inside):
     logits, attentions = model(part.idx[ix])
     targets, maps = part.targets[ix], torch.stack(attentions).mean(dim=2)  # over heads
     costs = -logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]  # (B, T)
-    left = (targets >= 0).flip(1).cumsum(dim=1).flip(1)  # tokens to predict, from here on
-    tokens = {"all": left > 0, "answer": (left > 0) & (left <= 2)}  # High or Low, then END
-    assert torch.isclose(l_next, sum(costs[tokens[term]].mean() for term in next_terms.split()))
+    terms = {"all": costs[targets >= 0].mean(), "answer": costs[part.answer[ix]].mean()}
+    assert torch.isclose(l_next, sum(map(terms.get, next_terms.split())))
     expected = [re_attention_loss(maps[layers].mean(dim=0), adjacency, args.alpha, args.form)
                 for layers, adjacency in ((causes, adjacency_of(part, ix)),
                                           (inside, inside_of(part, ix))) if layers]
@@ -190,20 +189,17 @@ def test_scores_and_the_rows_of_several_seeds_by_hand(capsys):
                                            "ood error": (0 + 1 + 5) / 3}
     train.print_table([{"run": run, "seed": seed, "ood": ood} for run, seed, ood in (
         ("no-cat", 1, 0.5), ("cat", 1, 0.9), ("cat", 2, 0.7))])
-    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
-        ["run", "seed", "ood"], ["no-cat", "1", "0.500"], ["cat", "1", "0.900"],
-        ["cat", "2", "0.700"], ["cat", "mean", "0.800"], ["cat", "stdev", "0.141"],
-        ["cat", "lowest", "0.700"]]
+    assert " ".join(capsys.readouterr().out.split()) == (
+        "run seed ood no-cat 1 0.500 cat 1 0.900 cat 2 0.700 "
+        "cat mean 0.800 cat stdev 0.141 cat lowest 0.700")
 
 
-def test_a_curve_a_seed_goes_to_the_right_and_up_with_accuracy():
-    svg = train.curves_svg([{"run": "cat", "seed": seed, "step": step, "ood": step / 20}
-                            for seed in (1, 2) for step in (10, 20)])
-    for curve in (curves := ElementTree.fromstring(svg).findall("{*}polyline")):
-        (x, y), (x_last, y_last) = (map(float, point.split(","))
-                                    for point in curve.get("points").split())
-        assert x < x_last and y - y_last == pytest.approx(150)  # half of the axis
-    assert len(curves) == 2
+def test_curves_go_to_the_right_and_up_with_accuracy():
+    svg = train.curves_svg([{"run": "cat", "seed": 1, "step": step, "ood": step / 20}
+                            for step in (10, 20)])
+    curve, = ElementTree.fromstring(svg).findall("{*}polyline")
+    x, y, x_last, y_last = map(float, re.split("[ ,]", curve.get("points")))
+    assert x < x_last and y > y_last
 
 
 def test_the_attention_picture_is_of_a_question_that_only_cat_gets_right(learned):
@@ -237,8 +233,10 @@ def test_no_test_example_is_looked_at_while_training():
 
 def test_own_files_show_roles_and_without_numbers_no_ood():
     flags = "--runs cat " + write_files()
-    result = table(run(flags)[0])["cat 1"]
-    assert min(map(result.get, ROLES)) > 0 and "changed" in result
+    out, err, _ = run(flags + "--seed 1 2")
+    results = table(out)
+    assert len(err) == 20 and results["cat 1"] != results["cat 2"]
+    assert min(map(results["cat mean"].get, ROLES)) > 0 and "changed" in results["cat 1"]
     orders = train.load_data(train.parse_args(f"{flags} --orders 3".split()), 1)["train"].idx
     assert len(orders) == 3 * 64 and len(orders.unique(dim=0)) > 100
     write("words", [Example(f"A {cause} {n * '<very> & '}day. It is ", effect, ({effect: [cause]},))
