@@ -94,16 +94,6 @@ def test_families(hf, name, window):
     assert reached == 32 * 32 + 32 * 32 // (1 if "GPT" in name else 2)  # queries; keys; no values
 
 
-def test_maps_that_are_not_whole_are_clear_errors(hf):
-    sdpa, model = random_model(hf, "Llama", "sdpa"), random_model(hf, "Llama")
-    generated = model.generate(IDS, max_new_tokens=2, pad_token_id=0, output_attentions=True,
-                               return_dict_in_generate=True)
-    for output, part in ((sdpa(IDS, output_attentions=True), 'attn_implementation="eager"'),
-                         (generated, "one forward pass")):
-        with pytest.raises(ValueError, match=part):
-            average_attention(output.attentions)
-
-
 def trained(flags):
     """Runs the README's command with FLAGS and flags: its tokenizer, and the Trainers without and
     with CAT."""
