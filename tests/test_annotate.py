@@ -44,8 +44,8 @@ def write(name, examples):
     Path(name).write_text("".join(map(dump, examples)))
 
 
-def lines_of(name):
-    return Path(name).read_text().splitlines(keepends=True)
+def lines():
+    return Path("out.jsonl").read_text().splitlines(keepends=True)
 
 
 @pytest.fixture
@@ -76,8 +76,7 @@ OTHER = WHOLE.replace("Room", "Tax")
     (f"[{SMOKE},\n {ROOM}]", [GOOD, json.loads(ROOM)]), (f'{{"important": [{SMOKE}]}}', [GOOD]),
     (f"{SMOKE}\n{ROOM}", [GOOD, json.loads(ROOM)]),
     (f"<think>{ROOM} {{</think>{SMOKE}", [GOOD]),
-    ('{"High Risk": ["Smoking: 8"], "High Risk": "Room: 5"}',
-     [{"High Risk": ["Smoking: 8", "Room: 5"]}])])
+    ('{"High Risk": ["8"], "High Risk": "5"}', [{"High Risk": ["8", "5"]}])])
 def test_all_objects_of_the_answer_count(reply, important):
     labelled = parse_reply(reply, Example(TEXT, "High Risk", spurious=("5",), source="x:1"))
     assert labelled == Example(TEXT, "High Risk", tuple(important), ("5",), "x:1")
@@ -102,8 +101,8 @@ def test_a_reply_that_is_of_no_use_is_asked_for_three_times_and_counted(run):
     code, out, err = run(*LABEL)
     assert code == 0 and err == "" and "5 examples; 2 with edges" in out
     assert "3 asked now have no usable reply, such as questions.jsonl:2" in out
-    assert lines_of("out.jsonl") == [dump(question(mode, *[GOOD] * (mode in ("plain", "third"))))
-                                     for mode in modes]
+    assert lines() == [dump(question(mode, *[GOOD] * (mode in ("plain", "third"))))
+                       for mode in modes]
     assert [Path("tries").read_text().split().count(mode) for mode in modes] == [1, 3, 3, 3, 3]
 
 
@@ -111,7 +110,7 @@ def test_a_command_that_is_not_done_in_time_is_no_answer(run):
     write("questions.jsonl", [question("blocks")])
     code, out, _ = run(*LABEL, "--time-limit", 0.3)
     assert code == 0 and "0.3 seconds" in out
-    assert lines_of("out.jsonl") == [dump(question("blocks"))]
+    assert lines() == [dump(question("blocks"))]
 
 
 def test_the_text_goes_to_standard_input_only_and_no_shell_sees_it(run):
@@ -140,20 +139,15 @@ def test_a_cut_output_is_continued_and_no_answer_is_asked_for_twice(run, kept):
         assert Path("out.jsonl").read_bytes() == silent + a + twin + b
 
 
-def test_an_output_that_changes_meanwhile_loses_no_later_answer(run):
-    write("questions.jsonl", map(question, ["a", "removes", "b"]))
-    assert run(*LABEL)[0] == 0
-    assert lines_of("out.jsonl") == [dump(question(mode, GOOD)) for mode in ("removes", "b")]
-
-
 def test_ctrl_c_is_one_line_and_the_same_command_goes_on(run):
-    write("questions.jsonl", map(question, ["a", "interrupts", "b"]))
+    write("questions.jsonl", map(question, ["a", "interrupts", "removes", "b"]))
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # may have been ignored
     assert run(*LABEL) == (130, "", "data.py: interrupted: the same command goes on\n")
     signal.signal(signal.SIGINT, before)
-    assert lines_of("out.jsonl") == [dump(question("a", GOOD))]
-    assert run(*LABEL)[0] == 0 and len(lines_of("out.jsonl")) == 3
-    assert Path("tries").read_text().split() == ["a", "interrupts", "interrupts", "b"]
+    assert lines() == [dump(question("a", GOOD))]
+    assert run(*LABEL)[0] == 0
+    assert lines() == [dump(question(mode, GOOD)) for mode in ("removes", "b")]  # no later one lost
+    assert Path("tries").read_text().split() == ["a", "interrupts", "interrupts", "removes", "b"]
 
 
 @pytest.mark.parametrize("flag, value, part", [
@@ -173,12 +167,10 @@ def test_a_wrong_argument_is_one_line_before_anything_is_written(run, flag, valu
 
 
 def test_check_gives_the_scores_and_the_phrases_that_differ(run):
-    def make(**phrases):
-        return [question(mode, {"High Risk": some.split()}, text="a 5, b 8, c 4 Answer: ")
-                for mode, some in phrases.items()]
-
-    write("labelled.jsonl", make(over="8 5", none="", mine="5", same="5", under="8 4"))
-    write("truth.jsonl", make(theirs="8", under="8 4 5", none="8", over="8", same="5"))
+    for name, labels in (("labelled", dict(over="8 5", none="", mine="5", same="5", under="8 4")),
+                         ("truth", dict(theirs="8", under="8 4 5", none="8", over="8", same="5"))):
+        write(f"{name}.jsonl", [question(mode, {"High Risk": phrases.split()}, text="5, 8, 4: ")
+                                for mode, phrases in labels.items()])
     code, out, err = run("check", "labelled.jsonl", "--against", "truth.jsonl")
     # over 1 of 2 labelled and 1 true, none 0 of 0 and 1, under 2 of 2 and 3, same 1 of 1 and 1
     assert code == 0 and err == "" and out.splitlines()[1:] == [

@@ -13,11 +13,10 @@ from data import (GAMES, NUMBER, STG, STG_H, Example, dump, find, fixed_question
 
 @pytest.mark.parametrize("text, numbers", [
     ("COVID-19, F-16, PM2.5, B12, v1.2.3", []), ("PM2.5: 40, Vitamin B12: 30", ["40", "30"]),
-    ("5-6 days in 2010-2015, wards 10–12", ["5-6", "2010-2015", "10–12"]),
-    ("7:50 or 10:30, 1/3 of 1,000. Then 3.5.", ["7:50", "10:30", "1/3", "1,000", "3.5"]),
+    ("5-6 days, wards 10–12, 7:50, 1/3 of 1,000. ", ["5-6", "10–12", "7:50", "1/3", "1,000"]),
     ("on 2024-05-06, a 0-100 scale, .5 and 1e-5", ["2024-05-06", "0-100", ".5", "1e-5"]),
     ("Score: -6.9. (-5) $-3 −2, 4 - 2", ["-6.9", "-5", "-3", "−2", "4", "2"]),
-    ("38th, 45th; 73.8%; 114.2Mbps, 5kg", ["38", "45", "73.8", "114.2", "5"])])
+    ("38th; 73.8%; 114.2Mbps. Then 3.5.", ["38", "73.8", "114.2", "3.5"])])
 def test_a_number_is_one_whole_value(text, numbers):
     assert NUMBER.findall(text) == numbers
 
@@ -30,8 +29,7 @@ def test_a_number_is_one_whole_value(text, numbers):
     ("mileage: 45, age: 45", "age: 45", [(13, "age: 45")]),
     ("5kg, 15kg", "kg", []), ("PM2.5", "5", []), ("a a", " ", []), ("a a", "", []),  # none whole
     ("High high", "High", [(0, "High")]), ("HIGH high", "High", [(0, "HIGH"), (5, "high")]),
-    ("has 5  apples now", " 5 apples", [(4, "5  apples")]),
-    ("has 5\u00a0apples", "5 apples\n", [(4, "5\u00a0apples")]),
+    ("has 5 \u00a0apples", " 5 apples\n", [(4, "5 \u00a0apples")]),
     ("Tom’s “old” car", "tom's \"old\" car", [(0, "Tom’s “old” car")]),
     ("un café", "cafe\u0301", [(3, "café")]), ("é: İ 3", "É: İ 3", [(0, "é: İ 3")]),
     ("(a+b) [x]*", "(A+B) [x]*", [(0, "(a+b) [x]*")])])
@@ -148,7 +146,7 @@ def test_hold_out_never_moves_the_question():
     assert len(ood) > 40 and all(e.input.endswith(question) for e in ood)
     years = [Example(f"1 of 7. Year: 20{n}, Age: {n}, Size: {3 * n} on a 0-100 scale: ", "x",
                      ({"x": [f"Year: 20{n}"]},)) for n in range(10, 30)]
-    for example in hold_out(years, 0.5, 1)[2]:  # age and size change places
+    for example in hold_out(years, 0.5, 1)[2]:  # age and size changed places
         n = int(example.input[16:18])
         assert example.input == f"1 of 7. Year: 20{n}, Age: {3 * n}, Size: {n} on a 0-100 scale: "
 
