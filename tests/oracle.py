@@ -36,7 +36,8 @@ def supervised(adjacency, mask=None):
     for b, i in torch.cartesian_prod(*map(torch.arange, adjacency.shape[:2])).tolist():
         keys = range(i + 1)
         if mask is not None:
-            keys = [j for j in keys if (mask[b, i, j] if mask.dim() == 3 else mask[b, [i, j]].all())]
+            sees = mask[b, i] if mask.dim() == 3 else mask[b] & mask[b, i]
+            keys = [j for j in keys if sees[j]]
         causal = [j for j in keys if adjacency[b, i, j]]
         other = [j for j in keys if not adjacency[b, i, j]]
         if causal and other:

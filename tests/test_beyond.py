@@ -99,14 +99,12 @@ def trained(flags):
     with CAT."""
     import transformers as hf
     command, = re.findall(r"^python -m tests.pretrained (.*--train.*)$", README, re.MULTILINE)
-    kept, load, train = [], hf.AutoTokenizer.from_pretrained, hf.Trainer.train
+    trainers, train = [], hf.Trainer.train
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hf.AutoTokenizer, "from_pretrained",
-                      lambda *args, **more: kept.append(load(*args, **more)) or kept[-1])
-        patch.setattr(hf.Trainer, "train", lambda self: kept.append(self) or train(self))
+        patch.setattr(hf.Trainer, "train", lambda self: trainers.append(self) or train(self))
         patch.setattr(sys, "argv", ["pretrained.py", *f"{command} {FLAGS} {flags}".split()])
-        runpy.run_path(str(ROOT / "tests" / "pretrained.py"), run_name="__main__")
-    return kept
+        names = runpy.run_path(str(ROOT / "tests" / "pretrained.py"), run_name="__main__")
+    return names["tokenizer"], *trainers
 
 
 def write(n):

@@ -35,12 +35,12 @@ def test_who_counts_by_hand():
     ("hinge", 20, 16),
     ("log", 20, math.log(20 / 4)),
     ("each", 20, (math.log(20 / 6) + math.log(20 / 2)) / 2),
-    ("each", 4, (0 + math.log(4 / 2)) / 2),  # the mean has reached 4, key 2 has not
+    ("each", 4, (0 + math.log(4 / 2)) / 2),  # a mean of 4 is enough for the others, see below
     ("uniform", None, -(math.log(2 * 0.6) + math.log(2 * 0.2)) / 2),
     ("div", 20, -math.log(1.4) / math.log(1.1)),
     ("div2", 20, -math.log(1 + 0.4 / 1.1)),
     ("nll", 20, -0.4 / 0.5),
-    *((form, 3.9, 0) for form in ("hinge", "log", "div", "div2", "nll")),  # reached
+    *((form, 3.9, 0) for form in ("hinge", "log", "div", "div2", "nll")),  # content with one key
 ])
 def test_each_form_by_hand(form, alpha, penalty):
     assert re_attention_loss(*by_hand(), alpha, form).item() == pytest.approx(penalty, rel=1e-5)
@@ -69,18 +69,6 @@ def test_gradcheck(form, mask):
     attn, adjacency, seen = random_case(2, 6, 0, mask=mask)
     loss = lambda a: re_attention_loss(a, adjacency, ALPHA, form, seen)
     assert torch.autograd.gradcheck(loss, attn.requires_grad_())
-
-
-@all_forms
-def test_a_mean_is_content_with_one_key(form):
-    """Descent on free scores: one causal key starts ahead; does the form bring up the other?"""
-    scores = torch.tensor([4.0, 0, 0, 0], requires_grad=True)
-    adjacency = torch.tensor([[[0, 0, 0, 0]] * 3 + [[1, 1, 0, 0]]])
-    for _ in range(300):
-        attn = torch.cat((torch.zeros(3, 4), scores.softmax(dim=0)[None]))[None]
-        grad, = torch.autograd.grad(re_attention_loss(attn, adjacency, 1e4, form), scores)
-        scores.data -= 0.3 * grad
-    assert (scores.softmax(dim=0)[1] > 0.1) == (form in ("each", "uniform"))  # from 0.02
 
 
 @pytest.mark.parametrize("nothing", [torch.zeros(2, 6, 6), torch.ones(2, 6, 6).tril()])

@@ -144,19 +144,15 @@ def test_the_shift_by_one_drawn():
         assert drawn[0].tolist() == [[cell == letter for cell in query] for query in cells]
 
 
-def test_edges_for_the_offsets_of_any_tokenizer_are_those_that_the_definition_gives():
-    rng = random.Random(0)
-    for _ in range(150):
-        cuts = sorted(rng.sample(range(31), rng.randrange(2, 20)))
-        offsets = [(start + rng.choice((0, 0, end - start > 1)), end)  # now and then less a blank
-                   for start, end in zip(cuts, cuts[1:]) for _ in range(rng.choice((1, 1, 3)))]
-        offsets = [(0, 0)] * rng.randrange(3) + offsets + [(0, 0)] * rng.randrange(3)
-        effect, cause = (tuple(sorted(rng.sample(range(32), 2))) for _ in range(2))
-        tokens_with = lambda span: [t for t, offset in enumerate(offsets)
-                                    if {*range(*offset)} & {*range(*span)}]  # a character in common
-        expected = [(t - 1, key) for t in tokens_with(effect) for key in tokens_with(cause)
-                    if t > 0 and key < min(tokens_with(effect))]
-        assert token_edges([(effect, cause)] * 2, offsets) == expected  # each pair once, sorted
+def test_edges_for_the_offsets_of_any_tokenizer():
+    text, blank = "8 or ü", (0, 0)  # Of characters. No text: padding, a mark where text begins
+    text, none = "8 or ü", (0, 0)  # offsets in characters; none: padding, or a mark before the text
+    for effect, cause, edges in [("ü", "8", [(5, 2), (6, 2)]),  # the shift by one, in each token
+                                 ("ü", "or", [(5, 3), (5, 4), (6, 3), (6, 4)]),
+                                 ("or", "8 o", [(2, 2), (3, 2)]),  # keys before the effect alone
+                                 ("8", "ü", [])]:
+        spans = tuple((text.index(part), text.index(part) + len(part)) for part in (effect, cause))
+        assert token_edges([spans] * 2, offsets) == edges  # each once
 
 
 def test_edges_value_span_spurious_and_random():

