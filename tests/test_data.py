@@ -10,7 +10,7 @@ from statistics import correlation, fmean, stdev
 import pytest
 import torch
 
-from data import (BEFORE_ITEM, EDGES, END, GAMES, STG, STG_H, Example, Feature, Game, adjacency_of,
+from data import (BEFORE_ITEM, EDGES, END, STG, STG_H, Example, Feature, Game, adjacency_of,
                   build_tokenizer, character_offsets, character_tokens, encode, generate,
                   inside_of, narrow_edges, phrases_to_edges, read, token_edges)
 
@@ -145,8 +145,8 @@ def test_the_shift_by_one_drawn():
 
 
 def test_edges_for_the_offsets_of_any_tokenizer():
-    text, blank = "8 or ü", (0, 0)  # Of characters. No text: padding, a mark where text begins
-    text, none = "8 or ü", (0, 0)  # offsets in characters; none: padding, or a mark before the text
+    text, none = "8 or ü", (0, 0)  # of padding, or a mark before the text; others: of characters
+    offsets = [none, none, (0, 1), (1, 4), (2, 4), (4, 5), (5, 6), (5, 6), none]  # ü: two bytes
     for effect, cause, edges in [("ü", "8", [(5, 2), (6, 2)]),  # the shift by one, in each token
                                  ("ü", "or", [(5, 3), (5, 4), (6, 3), (6, 4)]),
                                  ("or", "8 o", [(2, 2), (3, 2)]),  # keys before the effect alone
@@ -203,7 +203,7 @@ def test_any_text_comes_back_and_characters_of_several_tokens_are_shown_as_one(t
     assert all(len(piece) == 1 or len(positions) == 1 for piece, positions in shown)
 
 
-@pytest.mark.parametrize("game", GAMES.values())
+@pytest.mark.parametrize("game", [STG, STG_H])
 def test_roles_and_edges_are_on_the_tokens_that_the_game_wrote(game):
     examples = generate(game, 20, seed=2)
     dataset = encode(examples, tokenizer_of(examples))

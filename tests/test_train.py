@@ -24,15 +24,7 @@ TINY = Game("tiny", causal=(Feature("Smoking", weight=1.0),), irrelevant=(Featur
             question="Patient. {features} Answer: ", bands=((5.5, "High"), (-math.inf, "Low")))
 FLAGS = ("--game tiny --rows 64 --n-embd 16 --n-head 2 --batch-size 8 --steps 10 --threads 1 "
          "--device cpu")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def tiny_game():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(GAMES, "tiny", TINY)
-        patch.setattr(train, "TEST", 100)
-        patch.setattr(train, "WATCH", 20)
-        yield
+GAMES["tiny"], train.TEST, train.WATCH = TINY, 100, 20  # fewer examples to test and to watch
 
 
 @pytest.fixture(autouse=True)
@@ -192,14 +184,6 @@ def test_scores_and_the_rows_of_several_seeds_by_hand(capsys):
     assert " ".join(capsys.readouterr().out.split()) == (
         "run seed ood no-cat 1 0.500 cat 1 0.900 cat 2 0.700 "
         "cat mean 0.800 cat stdev 0.141 cat lowest 0.700")
-
-
-def test_curves_go_to_the_right_and_up_with_accuracy():
-    svg = train.curves_svg([{"run": "cat", "seed": 1, "step": step, "ood": step / 20}
-                            for step in (10, 20)])
-    curve, = ElementTree.fromstring(svg).findall("{*}polyline")
-    x, y, x_last, y_last = map(float, re.split("[ ,]", curve.get("points")))
-    assert x < x_last and y > y_last
 
 
 def test_the_attention_picture_is_of_a_question_that_only_cat_gets_right(learned):
