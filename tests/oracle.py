@@ -33,17 +33,15 @@ def penalty_of(a, o, alpha, form):
 def supervised(adjacency, mask=None):
     """For each query that counts, in order: (b, i, its causal keys, its other keys)."""
     found = []
-    for b in range(adjacency.shape[0]):
-        for i in range(adjacency.shape[1]):
-            keys = range(i + 1)
-            if mask is not None and mask.dim() == 2:
-                keys = [j for j in keys if mask[b, j] and mask[b, i]]
-            elif mask is not None:
-                keys = [j for j in keys if mask[b, i, j]]
-            causal = [j for j in keys if adjacency[b, i, j]]
-            other = [j for j in keys if not adjacency[b, i, j]]
-            if causal and other:
-                found.append((b, i, causal, other))
+    for b, i in torch.cartesian_prod(*map(torch.arange, adjacency.shape[:2])).tolist():
+        keys = range(i + 1)
+        if mask is not None:
+            sees = mask[b, i] if mask.dim() == 3 else mask[b] & mask[b, i]
+            keys = [j for j in keys if sees[j]]
+        causal = [j for j in keys if adjacency[b, i, j]]
+        other = [j for j in keys if not adjacency[b, i, j]]
+        if causal and other:
+            found.append((b, i, causal, other))
     return found
 
 

@@ -1,8 +1,9 @@
 """Labelling with an assistant, against a stand-in that also misbehaves, and scores made by hand."""
 import json
 import os
-import subprocess
+import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,8 +30,8 @@ print({"cat": prompt, "third": good if again == 3 else "", "silent": ""}.get(mod
 sys.exit(3 if mode == "fails" else 0)
 '''
 ASSISTANT = f"{sys.executable} -S assistant.py"
-FLAGS = ["--demos", "demos.jsonl", "--assistant", ASSISTANT, "--out", "out.jsonl"]
-LABEL = ["annotate", "questions.jsonl", *FLAGS]
+LABEL = ["annotate", "questions.jsonl", "--demos", "demos.jsonl", "--assistant", ASSISTANT,
+         "--out", "out.jsonl"]
 TEXT = "Smoking: 8, Room: 5 é Answer: "
 GOOD = {"High Risk": ["Smoking: 8"]}
 
@@ -43,12 +44,8 @@ def write(name, examples):
     Path(name).write_text("".join(map(dump, examples)))
 
 
-def lines_of(name):
-    return Path(name).read_text().splitlines(keepends=True)
-
-
-def tries():
-    return Path("tries").read_text().split() if os.path.exists("tries") else []
+def lines():
+    return Path("out.jsonl").read_text().splitlines(keepends=True)
 
 
 @pytest.fixture
@@ -56,12 +53,13 @@ def run(tmp_path, monkeypatch, capsys):
     """Runs data.py in a folder with demos.jsonl: run(*arguments) is (code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
     Path("assistant.py").write_text(STAND_IN)
+    Path("tries").touch()
     write("demos.jsonl", [question("demo", GOOD)])
 
     def run(*arguments):
+        code = 0
         try:
             main([str(argument) for argument in arguments])
-            code = 0
         except SystemExit as stop:
             code = stop.code
         return code, *capsys.readouterr()
@@ -78,8 +76,7 @@ OTHER = WHOLE.replace("Room", "Tax")
     (f"[{SMOKE},\n {ROOM}]", [GOOD, json.loads(ROOM)]), (f'{{"important": [{SMOKE}]}}', [GOOD]),
     (f"{SMOKE}\n{ROOM}", [GOOD, json.loads(ROOM)]),
     (f"<think>{ROOM} {{</think>{SMOKE}", [GOOD]),
-    ('{"High Risk": ["Smoking: 8"], "High Risk": "Room: 5"}',
-     [{"High Risk": ["Smoking: 8", "Room: 5"]}])])
+    ('{"High Risk": ["8"], "High Risk": "5"}', [{"High Risk": ["8", "5"]}])])
 def test_all_objects_of_the_answer_count(reply, important):
     labelled = parse_reply(reply, Example(TEXT, "High Risk", spurious=("5",), source="x:1"))
     assert labelled == Example(TEXT, "High Risk", tuple(important), ("5",), "x:1")
@@ -87,13 +84,11 @@ def test_all_objects_of_the_answer_count(reply, important):
 
 @pytest.mark.parametrize("reply", [
     f"<think>{SMOKE}</think> I don't know", f"<think>{SMOKE}", f"{SMOKE} no, better: {ROOM}",
-    OTHER, f"{OTHER}\n{SMOKE}", f"{OTHER}\n{WHOLE}", WHOLE.replace("important", "labels"),  # echoes
-    f"[{SMOKE}, {ROOM}]"[:-5], SMOKE[:-1], f"[{SMOKE}",  # cut
+    OTHER, f"{OTHER}\n{WHOLE}",  # echoes
+    f"[{SMOKE}, {ROOM}]"[:-5], f"[{SMOKE}",  # cut
     '{"High Risk": ["Smoking: 8",]}', "{'High Risk': ['Smoking: 8']}",
-    "{“High Risk”: [“Smoking: 8”]}", '{"effect": "High Risk", "causes": ["Smoking: 8"]}',
-    '{"High Risk": [8]}', '[{"High Risk": ["8"]}, 8]', '{"important": [8]}',
-    '{"Low Risk": ["Smoking: 8"]}', '{"Smoking": ["Room: 5"]}', "[]", "", "{" * 100,
-    '{"a": ' * 3000, '{"High Risk": ["\\ud800"]}',
+    '{"effect": "High Risk", "causes": ["Smoking: 8"]}', '[{"High Risk": ["8"]}, 8]',
+    '{"important": [8]}', '{"Smoking": ["Room: 5"]}', "[]", "", '{"a": ' * 3000,
     json.dumps({"High Risk": ["Smoking: 8"] + ["x"] * 9_999})])
 def test_what_the_assistant_did_not_say_is_no_label(reply):
     with pytest.raises((ValueError, RecursionError)):
@@ -106,22 +101,22 @@ def test_a_reply_that_is_of_no_use_is_asked_for_three_times_and_counted(run):
     code, out, err = run(*LABEL)
     assert code == 0 and err == "" and "5 examples; 2 with edges" in out
     assert "3 asked now have no usable reply, such as questions.jsonl:2" in out
-    assert lines_of("out.jsonl") == [dump(question(mode, *[GOOD] * (mode in ("plain", "third"))))
-                                     for mode in modes]
-    assert [tries().count(mode) for mode in modes] == [1, 3, 3, 3, 3]
+    assert lines() == [dump(question(mode, *[GOOD] * (mode in ("plain", "third"))))
+                       for mode in modes]
+    assert [Path("tries").read_text().split().count(mode) for mode in modes] == [1, 3, 3, 3, 3]
 
 
 def test_a_command_that_is_not_done_in_time_is_no_answer(run):
     write("questions.jsonl", [question("blocks")])
     code, out, _ = run(*LABEL, "--time-limit", 0.3)
     assert code == 0 and "0.3 seconds" in out
-    assert lines_of("out.jsonl") == [dump(question("blocks"))]
+    assert lines() == [dump(question("blocks"))]
 
 
 def test_the_text_goes_to_standard_input_only_and_no_shell_sees_it(run):
     text = "Smoking: 8; touch hacked; $(touch hacked) `touch hacked`\n' \" \\ \u2028 Answer: "
-    example = Example(f"saves {text}", "High Risk", ({"High Risk": ["touch"]},), ("hacked",))
-    write("questions.jsonl", [example])
+    labelled = replace(question("saves", {"High Risk": ["touch"]}, text=text), spurious=("hacked",))
+    write("questions.jsonl", [labelled])
     assert run(*LABEL, "--assistant", f"{ASSISTANT} '$(touch hacked)' ; touch hacked")[0] == 0
     prompt, argv = json.loads(Path("saved").read_text())
     assert argv == ["assistant.py", "$(touch hacked)", ";", "touch", "hacked"]
@@ -129,73 +124,53 @@ def test_the_text_goes_to_standard_input_only_and_no_shell_sees_it(run):
     *_, demo, asked, end = prompt.split("\n")
     assert f"{demo}\n" == dump(question("demo", GOOD)) and end == ""
     assert f"{asked}\n" == dump(question("saves", text=text))  # without what it was labelled with
-    [labelled] = read("out.jsonl")[0]
-    assert (labelled.input, labelled.important) == (example.input, (GOOD,))
-    assert labelled.spurious == ("hacked",)
+    assert Path("out.jsonl").read_text() == dump(replace(labelled, important=[GOOD]))
 
 
 @pytest.mark.parametrize("kept", [40, -1, 1])  # bytes of a line that a kill has cut
 def test_a_cut_output_is_continued_and_no_answer_is_asked_for_twice(run, kept):
-    write("questions.jsonl", map(question, ["a", "twin", "b", "silent", "twin", "c"]))
+    write("questions.jsonl", map(question, ["a", "twin", "silent", "twin", "b"]))
     run(*LABEL)
-    lines = Path("out.jsonl").read_bytes().splitlines(keepends=True)
-    assert [json.loads(one)["input"][0] for one in lines] == ["a", "t", "b", "s", "c"]  # twins once
-    Path("out.jsonl").write_bytes(lines[3] + lines[0] + lines[1][:kept])
-    os.remove("tries")
-    asked = ["b", "c"] if kept == -1 else ["twin", "b", "c"]
-    assert run(*LABEL)[0] == 0 and tries() == asked
-    assert Path("out.jsonl").read_bytes() == lines[3] + lines[0] + lines[1] + lines[2] + lines[4]
-    assert run(*LABEL)[0] == 0 and tries() == asked
-
-
-def test_an_output_that_changes_meanwhile_loses_no_later_answer(run):
-    write("questions.jsonl", map(question, ["a", "removes", "b"]))
-    assert run(*LABEL)[0] == 0
-    assert lines_of("out.jsonl") == [dump(question(mode, GOOD)) for mode in ("removes", "b")]
+    a, twin, silent, b = Path("out.jsonl").read_bytes().splitlines(keepends=True)
+    Path("out.jsonl").write_bytes(silent + a + twin[:kept])
+    asked = Path("tries").read_text() + ("b\n" if kept == -1 else "twin\nb\n")
+    for _ in range(2):
+        assert run(*LABEL)[0] == 0 and Path("tries").read_text() == asked
+        assert Path("out.jsonl").read_bytes() == silent + a + twin + b
 
 
 def test_ctrl_c_is_one_line_and_the_same_command_goes_on(run):
-    write("questions.jsonl", map(question, ["a", "interrupts", "b"]))
-    code = ("import signal, data; signal.signal(signal.SIGINT, signal.default_int_handler); "
-            "data.main()")
-    stopped = subprocess.run([sys.executable, "-c", code, *LABEL], text=True, capture_output=True,
-                             timeout=200,
-                             env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)})
-    assert stopped.returncode == 130
-    assert stopped.stderr == "data.py: interrupted: the same command goes on\n"
-    assert lines_of("out.jsonl") == [dump(question("a", GOOD))]
-    assert run(*LABEL)[0] == 0 and tries() == ["a", "interrupts", "interrupts", "b"]
-    assert len(lines_of("out.jsonl")) == 3
+    write("questions.jsonl", map(question, ["a", "interrupts", "removes", "b"]))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # may have been ignored
+    assert run(*LABEL) == (130, "", "data.py: interrupted: the same command goes on\n")
+    signal.signal(signal.SIGINT, before)
+    assert lines() == [dump(question("a", GOOD))]
+    assert run(*LABEL)[0] == 0
+    assert lines() == [dump(question(mode, GOOD)) for mode in ("removes", "b")]  # no later one lost
+    assert Path("tries").read_text().split() == ["a", "interrupts", "interrupts", "removes", "b"]
 
 
-@pytest.mark.parametrize("change, part", [
-    ({"--assistant": "no-such-program -x"}, "--assistant is 'no-such-program -x': give"),
-    ({"--assistant": ""}, "--assistant is '': give"),
-    ({"--assistant": "python 'x"}, "No closing quotation"), ({"--demos": "none.jsonl"}, "none"),
-    ({"--demos": "plain.jsonl"}, 'plain.jsonl:2: no usable "important": give'),
-    ({"--out": "."}, "'.'"), ({"--out": "no/out.jsonl"}, "no/out.jsonl"),
-    ({"--out": "notes"}, "notes:1: "), ({"--out": "broken"}, "broken:1: ")])
-def test_a_wrong_argument_is_one_line_before_anything_is_written(run, change, part):
+@pytest.mark.parametrize("flag, value, part", [
+    ("--assistant", "no-such-program -x", "--assistant is 'no-such-program -x': give"),
+    ("--assistant", "python 'x", "No closing quotation"), ("--demos", "none.jsonl", "none"),
+    ("--demos", "plain.jsonl", 'plain.jsonl:2: no usable "important": give'),
+    ("--out", ".", "'.'"), ("--out", "notes", "notes:1: "), ("--out", "broken", "broken:1: ")])
+def test_a_wrong_argument_is_one_line_before_anything_is_written(run, flag, value, part):
     write("questions.jsonl", [question("a")])
     write("plain.jsonl", [question("a", GOOD), question("b", {"High Risk": ["Height: 1"]})])
     Path("notes").write_text("my notes")  # an output that is something else
     Path("broken").write_text('{"input": "x"\n' + dump(question("a")))
     before = {path: path.read_bytes() for path in Path().iterdir()}
-    arguments = dict(zip(FLAGS[::2], FLAGS[1::2])) | change
-    code, _, err = run(*LABEL[:2], *(word for pair in arguments.items() for word in pair))
+    code, _, err = run(*LABEL, flag, value)
     assert code == 2 and part in err and err.startswith("data.py: ") and err.count("\n") == 1
-    assert {path: path.read_bytes() for path in Path().iterdir()} == before and not tries()
+    assert {path: path.read_bytes() for path in Path().iterdir()} == before
 
 
 def test_check_gives_the_scores_and_the_phrases_that_differ(run):
-    def make(mode, *phrases):
-        return question(mode, {"High Risk": [*phrases]},
-                        text="Smoking: 8, Weight: 4, Room: 5 Answer: ")
-
-    write("labelled.jsonl", [make("over", "8", "5"), make("none"), make("mine", "5"),
-                             make("same", "5"), make("under", "8", "4")])
-    write("truth.jsonl", [make("theirs", "8"), make("under", "8", "4", "5"), make("none", "8"),
-                          make("over", "8"), make("same", "5")])
+    for name, labels in (("labelled", dict(over="8 5", none="", mine="5", same="5", under="8 4")),
+                         ("truth", dict(theirs="8", under="8 4 5", none="8", over="8", same="5"))):
+        write(f"{name}.jsonl", [question(mode, {"High Risk": phrases.split()}, text="5, 8, 4: ")
+                                for mode, phrases in labels.items()])
     code, out, err = run("check", "labelled.jsonl", "--against", "truth.jsonl")
     # over 1 of 2 labelled and 1 true, none 0 of 0 and 1, under 2 of 2 and 3, same 1 of 1 and 1
     assert code == 0 and err == "" and out.splitlines()[1:] == [
@@ -203,5 +178,3 @@ def test_check_gives_the_scores_and_the_phrases_that_differ(run):
         f"F1 {8 / 11:.3f}", "labelled.jsonl:1: missing [], too many ['5']",
         "labelled.jsonl:2: missing ['8'], too many []",
         "labelled.jsonl:5: missing ['5'], too many []"]
-    write("other.jsonl", [question("other", GOOD)])
-    assert "0 of 5" in run("check", "labelled.jsonl", "--against", "other.jsonl")[1]

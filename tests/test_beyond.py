@@ -94,32 +94,17 @@ def test_families(hf, name, window):
     assert reached == 32 * 32 + 32 * 32 // (1 if "GPT" in name else 2)  # queries; keys; no values
 
 
-def test_maps_that_are_not_whole_are_clear_errors(hf):
-    sdpa, model = random_model(hf, "Llama", "sdpa"), random_model(hf, "Llama")
-    generated = model.generate(IDS, max_new_tokens=2, pad_token_id=0, output_attentions=True,
-                               return_dict_in_generate=True)
-    cache = model(IDS[:, :6], use_cache=True).past_key_values
-    for output, part in ((sdpa(IDS, output_attentions=True), 'attn_implementation="eager"'),
-                         (generated, "one forward pass"),
-                         (model(IDS[:, 6:], past_key_values=cache, output_attentions=True),
-                          "must be .B, H, T, T.")):
-        with pytest.raises(ValueError, match=part):
-            average_attention(output.attentions)
-
-
 def trained(flags):
     """Runs the README's command with FLAGS and flags: its tokenizer, and the Trainers without and
     with CAT."""
     import transformers as hf
     command, = re.findall(r"^python -m tests.pretrained (.*--train.*)$", README, re.MULTILINE)
-    kept, load, train = [], hf.AutoTokenizer.from_pretrained, hf.Trainer.train
+    trainers, train = [], hf.Trainer.train
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hf.AutoTokenizer, "from_pretrained",
-                      lambda *args, **more: kept.append(load(*args, **more)) or kept[-1])
-        patch.setattr(hf.Trainer, "train", lambda self: kept.append(self) or train(self))
+        patch.setattr(hf.Trainer, "train", lambda self: trainers.append(self) or train(self))
         patch.setattr(sys, "argv", ["pretrained.py", *f"{command} {FLAGS} {flags}".split()])
-        runpy.run_path(str(ROOT / "tests" / "pretrained.py"), run_name="__main__")
-    return kept
+        names = runpy.run_path(str(ROOT / "tests" / "pretrained.py"), run_name="__main__")
+    return names["tokenizer"], *trainers
 
 
 def write(n):

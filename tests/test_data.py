@@ -1,5 +1,4 @@
 """Games, tokenizer, the shift by one and Dataset, against independent and slower definitions."""
-import json
 import math
 import os
 import random
@@ -11,9 +10,9 @@ from statistics import correlation, fmean, stdev
 import pytest
 import torch
 
-from data import (BEFORE_ITEM, EDGES, END, GAMES, STG, STG_H, Example, Feature, Game, adjacency_of,
+from data import (BEFORE_ITEM, EDGES, END, STG, STG_H, Example, Feature, Game, adjacency_of,
                   build_tokenizer, character_offsets, character_tokens, encode, generate,
-                  inside_of, narrow_edges, phrases_to_edges, token_edges)
+                  inside_of, narrow_edges, phrases_to_edges, read, token_edges)
 
 RELEASED = os.environ.get("CAT_RELEASED_DATA")
 
@@ -46,60 +45,44 @@ def test_the_easy_game_has_three_bands_and_exact_copies_that_become_independent(
     assert bounds[27] and bounds[72] and Counter(e.target for e in examples)["Middle Risk"] > 300
     for copy, cause, ratio in (("Yellow fingers", "Smoking", 1.5), ("Clothing size", "Weight", 1),
                                ("Hormones", "Exercise", 0.5)):
-        pairs = Counter((v[copy], v[cause]) for v in values)
+        copies, causes = [v[copy] for v in values], [v[cause] for v in values]
         if ood:
-            chi2 = sum((pairs[i, j] - 20) ** 2 / 20 for i in range(1, 11) for j in range(1, 11))
-            assert chi2 < 149  # 99 degrees of freedom: above this once in a thousand
+            assert {*copies} == {*range(1, 11)} and abs(correlation(copies, causes)) < 0.08
         else:
-            assert all(x == math.floor(ratio * y) for x, y in pairs)
-
-
-# low, high, standard deviation of the noise, weight in the index
-FACTORS = {"Industrial Emissions": (30, 70, 2, 0.3), "Vehicle Emissions": (20, 60, 2, 0.25),
-           "Coal Dependency": (10, 50, 1.5, 0.2), "Agricultural Burning": (10, 30, 1, 0.15),
-           "Urban Green Coverage": (40, 80, 3, -0.2),
-           "Meteorological Dispersion": (50, 90, 3, -0.3)}
-# factor copied, ratio, standard deviation of the noise, share of the factor's range when OOD
-COPIES = {"Ice Cream Sales Index": ("Meteorological Dispersion", 0.4, 2, 0.1),
-          "Allergy Complaints Level": ("Agricultural Burning", 0.2, 3, 0.2),
-          "Renewable Stock Index": ("Industrial Emissions", 1.1, 1.5, 0.1),
-          "Public Transport Subscriptions (k)": ("Vehicle Emissions", 0.15, 2, 0.15),
-          "Water Awareness Score": ("Urban Green Coverage", -0.1, 1, -0.1)}
+            assert copies == [math.floor(ratio * x) for x in causes]
 
 
 @pytest.mark.parametrize("ood", [False, True])
-def test_the_hard_game_has_the_paper_s_rule_and_noise(ood):
-    examples, exact = generate(STG_H, 2000, ood), 0
+def test_the_hard_game_has_noise_and_copies_that_become_independent(ood):
+    examples = generate(STG_H, 2000, ood)
     values = [parse(example) for example in examples]
+    shown = {name: [v[name] for v in values] for name in values[0]}
     for v, example in zip(values, examples):
-        index = sum(weight * v[name] for name, (*_, weight) in FACTORS.items())
+        index = sum(f.weight * v[f.name] for f in STG_H.causal)
         answer = 2 * (min(max(index, -20), 30) + 20)
-        exact += round(answer) == int(example.target)
         # the label's factors are up to 0.05 from the shown ones, and the weights add up to 1.4
         assert abs(answer - int(example.target)) < 0.5 + 2 * 1.4 * 0.05 + 1e-9
-    assert 1800 < exact < 2000 and (STG_H.answer(-21), STG_H.answer(31)) == ("0", "100")
-    shown = {name: [v[name] for v in values] for name in values[0]}
-    for name, (low, high, noise, _) in FACTORS.items():
-        outside = sum(not low <= x <= high for x in shown[name]) / 2000
-        assert outside == pytest.approx(noise / (high - low) * math.sqrt(2 / math.pi), rel=0.3)
-    for name, (cause, ratio, noise, share) in COPIES.items():
+    assert (STG_H.answer(-21), STG_H.answer(31)) == ("0", "100")
+    for f in STG_H.causal:
+        outside = fmean(not f.low <= x <= f.high for x in shown[f.name])
+        expected = f.noise / (f.high - f.low) * math.sqrt(2 / math.pi)
+        assert outside == pytest.approx(expected, rel=0.3)
+    for f in STG_H.spurious:
+        copies, causes = shown[f.name], shown[f.copies]
         if ood:
-            low, high = sorted(share * end for end in FACTORS[cause][:2])
-            assert low <= min(shown[name]) < low + 0.1 and high - 0.1 < max(shown[name]) <= high
-            assert abs(correlation(shown[name], shown[cause])) < 0.08
+            assert f.low <= min(copies) < f.low + 0.1 and f.high - 0.1 < max(copies) <= f.high
+            assert abs(correlation(copies, causes)) < 0.08
         else:
-            rest = [x - ratio * y for x, y in zip(shown[name], shown[cause])]
-            assert abs(fmean(rest)) < 0.2 and stdev(rest) == pytest.approx(noise, rel=0.1)
-    assert {*shown["City Anniversary"]} == {*range(1, 101)}
+            rest = [x - f.ratio * y for x, y in zip(copies, causes)]
+            assert abs(fmean(rest)) < 0.2 and stdev(rest) == pytest.approx(f.noise, rel=0.1)
 
 
 def test_examples_are_repeatable_and_no_two_have_the_same_numbers():
     numbers = lambda examples: {tuple(sorted(parse(example).items())) for example in examples}
     iid = generate(STG, 1000, seed=5)
     assert generate(STG, 1000, seed=5) == iid != generate(STG, 1000, seed=6)
-    assert len(numbers(iid)) == 1000
     again = numbers(generate(STG, 1000, seed=5, exclude=iid[:500]))
-    assert not again & numbers(iid[:500]) and again > numbers(iid[500:])
+    assert len(again) == 1000 and again - numbers(iid[:500]) == again > numbers(iid[500:])
     smoking = lambda ood: [parse(generate(STG, 1, ood, n)[0])["Smoking"] for n in range(50)]
     assert sum(map(float.__eq__, smoking(False), smoking(True))) < 15  # 5 by chance: two streams
     tiny = Game("tiny", (), (), STG.irrelevant, "{features} Answer: ", ((-math.inf, "yes"),))
@@ -113,19 +96,21 @@ def test_examples_are_repeatable_and_no_two_have_the_same_numbers():
 @pytest.mark.parametrize("game, file", [(STG, "STG/spurious_token_game_train3.jsonl"),
                                         (STG_H, "STG_H/STG_H_train.jsonl")])
 def test_generated_texts_look_like_the_released_ones(game, file):
-    lines = Path(RELEASED, file).read_text(encoding="utf-8").splitlines()[:300]
-    texts = [[json.loads(line)["input"] for line in lines], [e.input for e in generate(game, 300)]]
-    shapes = [[re.sub(r"(?<=: )-?\d+(\.\d+)?", "8", text) for text in some] for some in texts]
+    released = read(Path(RELEASED, file))[0][:300]
+    shapes = [[re.sub(r"(?<=: )-?\d+(\.\d+)?", "8", example.input) for example in some]
+              for some in (released, generate(game, 300))]
     if game.shuffle:
         shapes = [[sorted(re.findall(r"\w+: 8|[^ ,]+", s)) for s in some] for some in shapes]
     assert shapes[0] == shapes[1] == shapes[0][:1] * 300
+    for example in released if game.scale else ():  # of those of bands, a third breaks the rule
+        score = sum(f.weight * parse(example)[f.name] for f in game.causal)
+        assert abs(int(game.answer(score)) - int(example.target)) <= 1  # of rounded numbers
 
 
 @pytest.mark.parametrize("wrong, part", [
     (dict(spurious=(Feature("B", copies="Aa"),)), "B copies 'Aa': give one of .*A"),
     (dict(irrelevant=(Feature("C", 9, 2),)), "C is 9 to 2: lower first"),
     (dict(bands=((5, "yes"),)), r"bands from \[5\]: highest first, -math.inf last"),
-    (dict(bands=()), r"bands from \[\]: "),
     (dict(bands=((1, "no"), (5, "yes"), (-math.inf, "?"))), r"bands from \[1, 5, -inf\]: "),
     (dict(question="A number. Answer: "), "write {features} once in the question")])
 def test_a_mistake_in_a_game_is_one_line_with_the_remedy(wrong, part):
@@ -159,19 +144,15 @@ def test_the_shift_by_one_drawn():
         assert drawn[0].tolist() == [[cell == letter for cell in query] for query in cells]
 
 
-def test_edges_for_the_offsets_of_any_tokenizer_are_those_that_the_definition_gives():
-    rng = random.Random(0)
-    for _ in range(150):
-        cuts = sorted(rng.sample(range(31), rng.randrange(2, 20)))
-        offsets = [(start + rng.choice((0, 0, end - start > 1)), end)  # now and then less a blank
-                   for start, end in zip(cuts, cuts[1:]) for _ in range(rng.choice((1, 1, 3)))]
-        offsets = [(0, 0)] * rng.randrange(3) + offsets + [(0, 0)] * rng.randrange(3)
-        effect, cause = (tuple(sorted(rng.sample(range(32), 2))) for _ in range(2))
-        tokens_with = lambda span: [t for t, offset in enumerate(offsets)
-                                    if {*range(*offset)} & {*range(*span)}]  # a character in common
-        expected = [(t - 1, key) for t in tokens_with(effect) for key in tokens_with(cause)
-                    if t > 0 and key < min(tokens_with(effect))]
-        assert token_edges([(effect, cause)] * 2, offsets) == expected  # each pair once, sorted
+def test_edges_for_the_offsets_of_any_tokenizer():
+    text, none = "8 or ü", (0, 0)  # of padding, or a mark before the text; others: of characters
+    offsets = [none, none, (0, 1), (1, 4), (2, 4), (4, 5), (5, 6), (5, 6), none]  # ü: two bytes
+    for effect, cause, edges in [("ü", "8", [(5, 2), (6, 2)]),  # the shift by one, in each token
+                                 ("ü", "or", [(5, 3), (5, 4), (6, 3), (6, 4)]),
+                                 ("or", "8 o", [(2, 2), (3, 2)]),  # keys before the effect alone
+                                 ("8", "ü", [])]:
+        spans = tuple((text.index(part), text.index(part) + len(part)) for part in (effect, cause))
+        assert token_edges([spans] * 2, offsets) == edges  # each once
 
 
 def test_edges_value_span_spurious_and_random():
@@ -184,24 +165,19 @@ def test_edges_value_span_spurious_and_random():
     assert chosen["value"] == ["40", "8", "-10", "fair"]  # each number, else the phrase
     assert chosen["spurious"] == ["3", "7"]
     assert len({*chosen["random"]} & {*re.findall(r"\w+", example.input)}) == 4  # as in value
-    few = narrow_edges("8 9", [((2, 3), (0, 1)), ((2, 3), (0, 2))], [], "random", random.Random(0))
+    few = narrow_edges("8 9", [((2, 3), (0, 1))] * 2, [], "random", random.Random(0))
     assert few == [((2, 3), (0, 1))]  # no more than there are words
     one, two, same = (encode([example], tokenizer_of([example]), "random", seed=seed).edges.tolist()
                       for seed in (1, 2, 1))
     assert one == same != two
 
 
-@pytest.mark.parametrize("text, items", [
-    ("Please predict the risk. Smoking: 8, Room size: 6 Answer: High Risk",
-     {"8": "Smoking: 8", "6": "Room size: 6", "High Risk": "Answer: High Risk"}),
-    ("Coal Dependency: 41.9%; Burning: 47.9. Speed: 114.2Mbps. Scale of 0-100? Answer: 32",
-     {"41.9": "Coal Dependency: 41.9", "47.9": "Burning: 47.9", "114.2": "Speed: 114.2",
-      "32": "Answer: 32", "Answer: 32": "Answer: 32"}),
-    ("PM2.5: 40\nA b\nB! C", {"40": "PM2.5: 40", "B": "B", "C": "C"})])
-def test_an_item_begins_after_a_separator_or_number(text, items):
-    for span, item in items.items():
-        start = text.rindex(span)
-        assert text[BEFORE_ITEM.match(text, 0, start).end():start + len(span)] == item
+@pytest.mark.parametrize("text, item", [
+    ("Please predict it. Room size: 6", "Room size: 6"), ("Coal: 41.9%; Wood: 8", "Wood: 8"),
+    ("on a 0-100 scale? Answer: 3", "Answer: 3"), ("A: 1. PM2.5: 4", "PM2.5: 4"),
+    ("A b\nB", "B"), ("A b! C", "C"), ("High Risk", "High Risk")])
+def test_an_item_begins_after_a_separator_or_number(text, item):
+    assert text[BEFORE_ITEM.match(text, 0, len(text) - 1).end():] == item
 
 
 def test_the_vocabulary_has_the_numbers_that_occur_and_any_text_comes_back():
@@ -211,45 +187,41 @@ def test_the_vocabulary_has_the_numbers_that_occur_and_any_text_comes_back():
               for i in range(tokenizer.n_vocab)]
     assert {*filter(str.isdecimal, pieces)} == numbers | {*"0123456789"} and "123" in numbers
     assert {"Smoking", " fingers", ": ", ", "} < {*pieces} and "once" not in pieces
-    rng, kinds = random.Random(0), ((32, 127), (32, 1536), (0x4E00, 0x9FFF), (0xE000, 0x110000))
-    for _ in range(300):
-        text = "".join(chr(rng.randrange(*rng.choice(kinds))) for _ in range(rng.randrange(30)))
-        text += rng.choice(("", END, " Smoking: 8"))
-        tokens = tokenizer.encode_ordinary(text)
-        assert tokenizer.decode(tokens) == text and tokenizer.n_vocab - 1 not in tokens
-        characters = iter([n for n, c in enumerate(text) for _ in c.encode()])  # of each byte
-        pieces = tokenizer.decode_tokens_bytes(tokens)
-        held = [[next(characters) for _ in piece] for piece in pieces]
-        assert character_offsets(tokenizer, tokens) == [(at[0], at[-1] + 1) for at in held]
-        shown = character_tokens(tokenizer, tokens)  # characters of several tokens as one piece
-        assert "".join(piece for piece, _ in shown) == text
-        assert sum((positions for _, positions in shown), []) == [*range(len(tokens))]
-        assert all(len(piece) == 1 or len(positions) == 1 for piece, positions in shown)
 
 
-@pytest.mark.parametrize("game", GAMES.values())
-@pytest.mark.parametrize("edges", ["value", "span", "spurious"])
-def test_roles_and_edges_are_on_the_tokens_that_the_game_wrote(game, edges):
+@pytest.mark.parametrize("text", [f"{END} Smoking: 8", "陈静, Søren: 7 🙂🙂 x  \n\t y e\u0301\ue000"])
+def test_any_text_comes_back_and_characters_of_several_tokens_are_shown_as_one(text):
+    tokenizer = build_tokenizer(["Smoking: 8, Room: 5"] * 2)
+    tokens = tokenizer.encode_ordinary(text)
+    assert tokenizer.decode(tokens) == text and tokenizer.n_vocab - 1 not in tokens
+    characters = iter([n for n, c in enumerate(text) for _ in c.encode()])  # of each byte
+    held = [[next(characters) for _ in piece] for piece in tokenizer.decode_tokens_bytes(tokens)]
+    assert character_offsets(tokenizer, tokens) == [(at[0], at[-1] + 1) for at in held]
+    shown = character_tokens(tokenizer, tokens)
+    assert "".join(piece for piece, _ in shown) == text
+    assert sum((positions for _, positions in shown), []) == [*range(len(tokens))]
+    assert all(len(piece) == 1 or len(positions) == 1 for piece, positions in shown)
+
+
+@pytest.mark.parametrize("game", [STG, STG_H])
+def test_roles_and_edges_are_on_the_tokens_that_the_game_wrote(game):
     examples = generate(game, 20, seed=2)
-    tokenizer = tokenizer_of(examples)
-    dataset = encode(examples, tokenizer, edges)
+    dataset = encode(examples, tokenizer_of(examples))
+    text_of = lambda ids: dataset.tokenizer.decode(ids.tolist())
     for n, example in enumerate(examples):
+        role, adjacency = dataset.role[n], adjacency_of(dataset, torch.tensor([n]))[0]
         for r, features in enumerate((game.causal, game.spurious), 1):
-            of = {f.name: f for f in features}
-            shown = [f"{k}: " * (edges == "span") + f"{v:.{of[k].decimals}f}"
-                     for k, v in parse(example).items() if k in of]
-            marked = tokenizer.decode(dataset.idx[n, dataset.role[n] == r].tolist())
-            assert re.sub("[ %;]", "", marked) == "".join(shown).replace(" ", "")
-        adjacency, keys = adjacency_of(dataset, torch.tensor([n]))[0], 1 + (edges == "spurious")
+            decimals = {f.name: f.decimals for f in features}
+            shown = [f"{x:.{decimals[k]}f}" for k, x in parse(example).items() if k in decimals]
+            assert text_of(dataset.idx[n, role == r]).replace(" ", "") == "".join(shown)
         queries = adjacency.any(1)
-        assert tokenizer.decode(dataset.targets[n, queries].tolist()) == example.target
-        assert (adjacency[queries] == (dataset.role[n] == keys)).all()
-        text = tokenizer.encode_ordinary(example.input + example.target)
-        assert dataset.idx[n, :len(text)].tolist() == text  # the prompt's tokens are its beginning
+        assert text_of(dataset.targets[n, queries]) == example.target
+        assert (adjacency[queries] == (role == 1)).all()
 
 
 def test_padding_and_batches_of_repeated_and_of_empty_examples():
-    answered = linked("a 1 b 2 c 3 ", "d e", "d e", "1", spurious=["2"])
+    # what is called both is causal, and the answer has no role
+    answered = linked("a 1 b 2 c 3 ", "d e", "d e", "1", spurious=["2", "1", "d"])
     within = linked("a 1 b 2 ", "d", "b", "1")  # an effect that is not the answer gives no role
     examples = [answered, within, Example("a ", "b")]
     tokenizer = tokenizer_of(examples)

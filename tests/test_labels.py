@@ -1,23 +1,22 @@
 """Numbers, phrases to edges, JSON Lines, and examples with other numbers or another order."""
-import json
 import random
 import re
 from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from data import (GAMES, NUMBER, STG, STG_H, Example, build_tokenizer, dump, encode, find,
-                  fixed_question, generate, hold_out, main, parse_example, phrases_to_edges, read,
-                  redraw_spurious, reorder, save, show)
+from data import (NUMBER, STG, STG_H, Example, dump, find, fixed_question, generate,
+                  hold_out, main, phrases_to_edges, read, redraw_spurious, reorder, save, show)
 
 
 @pytest.mark.parametrize("text, numbers", [
     ("COVID-19, F-16, PM2.5, B12, v1.2.3", []), ("PM2.5: 40, Vitamin B12: 30", ["40", "30"]),
-    ("5-6 days in 2010-2015, wards 10–12", ["5-6", "2010-2015", "10–12"]),
-    ("7:50 or 10:30, 1/3 of 1,000. Then 3.5.", ["7:50", "10:30", "1/3", "1,000", "3.5"]),
+    ("5-6 days, wards 10–12, 7:50, 1/3 of 1,000. ", ["5-6", "10–12", "7:50", "1/3", "1,000"]),
     ("on 2024-05-06, a 0-100 scale, .5 and 1e-5", ["2024-05-06", "0-100", ".5", "1e-5"]),
     ("Score: -6.9. (-5) $-3 −2, 4 - 2", ["-6.9", "-5", "-3", "−2", "4", "2"]),
-    ("38th, 45th; 73.8%; 114.2Mbps, 5kg", ["38", "45", "73.8", "114.2", "5"])])
+    ("38th; 73.8%; 114.2Mbps. Then 3.5.", ["38", "73.8", "114.2", "3.5"])])
 def test_a_number_is_one_whole_value(text, numbers):
     assert NUMBER.findall(text) == numbers
 
@@ -26,21 +25,18 @@ def test_a_number_is_one_whole_value(text, numbers):
     ("1 10 1.5 15.0 -1 1/3 1e5 1", "1", [(0, "1"), (25, "1")]),
     ("5.0 15.0 5.05 5.0.", "5.0", [(0, "5.0"), (14, "5.0")]), ("2-5 and -5", "-5", [(8, "-5")]),
     ("2.5 and .5", ".5", [(8, ".5")]), ("1,000 000", "000", [(6, "000")]),
-    ("Sandy and the sand", "and", [(6, "and")]), ("she and he, the hen", "he", [(8, "he")]),
-    ("least east", "east", [(6, "east")]), ("Rubadi is bad", "bad", [(10, "bad")]),
+    ("Sandy and the sand", "and", [(6, "and")]), ("least east", "east", [(6, "east")]),
     ("mileage: 45, age: 45", "age: 45", [(13, "age: 45")]),
     ("5kg, 15kg", "kg", []), ("PM2.5", "5", []), ("a a", " ", []), ("a a", "", []),  # none whole
     ("High high", "High", [(0, "High")]), ("HIGH high", "High", [(0, "HIGH"), (5, "high")]),
-    ("has 5  apples now", " 5 apples", [(4, "5  apples")]),
-    ("has 5\u00a0apples", "5 apples\n", [(4, "5\u00a0apples")]),
+    ("has 5 \u00a0apples", " 5 apples\n", [(4, "5 \u00a0apples")]),
     ("Tom’s “old” car", "tom's \"old\" car", [(0, "Tom’s “old” car")]),
     ("un café", "cafe\u0301", [(3, "café")]), ("é: İ 3", "É: İ 3", [(0, "é: İ 3")]),
     ("(a+b) [x]*", "(A+B) [x]*", [(0, "(a+b) [x]*")])])
 def test_a_phrase_stands_at_word_boundaries_in_any_white_space_quotes_and_accents(
         text, phrase, found):
     spans = find(text, phrase, notes := [])
-    whole = [] if ("inside words", phrase) in notes else spans
-    assert [(start, text[start:end]) for start, end in whole] == found
+    assert [(a, text[a:b]) for a, b in spans if ("inside words", phrase) not in notes] == found
 
 
 def linked(input, target, *important):
@@ -61,8 +57,8 @@ RISK = "Weight: 4, Smoking: 8, high risk? Answer: ", "High Risk"
     (RISK, [{"Smoking": ["Weight", "high risk"]}, {"No": ["Weight"]}],
      [("Smoking", 11, "Weight", 0)], [("late", "high risk"), ("not found", "No")]),
     (("5 and 5 Answer: ", "5"), [{"5": ["5", "5"]}], [("5", 16, "5", 0), ("5", 16, "5", 6)], []),
-    (("Room: 3 Answer: ", "32"), [{"Answer: 32": ["3"]}], [("Answer: 32", 8, "3", 6)], []),
     (("It is", "positive"), [{"positive": ["It"]}], [("positive", 5, "It", 0)], []),
+    (("Room: 3 Answer: ", "32"), [{"Answer: 32": ["3"]}], [("Answer: 32", 8, "3", 6)], []),
     # a cause that overlaps its effect is none
     (("a b c ", "d"), [{"b c": ["a b", "a"]}], [("b c", 2, "a", 0)], [("late", "a b")]),
     # a place inside a word is the last resort, after whole places outside the target
@@ -75,13 +71,6 @@ RISK = "Weight: 4, Smoking: 8, high risk? Answer: ", "High Risk"
     (("a " * 50, "x"), [{"x": ["a"]}], [("x", 100, "a", 2 * n) for n in range(50)], [])])
 def test_phrases_become_edges(texts, important, edges, notes):
     assert linked(*texts, *important) == (edges, notes)
-
-
-def test_a_cause_that_is_called_spurious_too_is_a_cause():
-    example = Example("Age: 7, Room: 5, Tax: 6 ", "y", ({"y": ["Age: 7", "Tax: 6"]},),
-                      ("7", "Room: 5", "y"))  # and the answer has no role
-    dataset = encode([example], build_tokenizer([example.input]))
-    assert [role for role in dataset.role[0].tolist() if role] == [1, 2, 1]
 
 
 GOOD = '{"input": "Wert: 8 e\u0301 ", "target": 3, "important": {"3": "Wert: 8", "3": ["é"]}}'
@@ -103,10 +92,9 @@ def test_reads_bom_crlf_blank_lines_numbers_accents_and_equal_effects(tmp_path):
 
 
 def test_the_summary_counts_what_is_not_used(tmp_path):
-    texts = [{"x": ["Weigth: 4"]}, {"Room": ["Weight: 4"]}, {"x": ["oom: 5"]}, {"Weight": ["Room"]}]
-    path = write(tmp_path, "".join(json.dumps(
-        {"input": "Weight: 4, Room: 5 ", "target": "x", "important": important}) + "\n"
-        for important in texts))
+    path = write(tmp_path, "".join(
+        dump(Example("Weight: 4, Room: 5 ", "x", ({effect: [cause]},))) for effect, cause in (
+            ("x", "Weigth: 4"), ("Room", "Weight: 4"), ("x", "oom: 5"), ("Weight", "Room"))))
     assert read(path)[1] == (f"{path}: 4 examples; 2 with edges; 1 with edges at the answer; "
                              f"1 phrases not found, such as 'Weigth: 4' in {path}:1; "
                              f"1 phrases inside words, such as 'oom: 5' in {path}:3; "
@@ -114,9 +102,8 @@ def test_the_summary_counts_what_is_not_used(tmp_path):
 
 
 @pytest.mark.parametrize("line", [
-    b"{", b"[" * 100000, b"3", b'{"input": "x"}', b'{"input": 3, "target": "x"}', b"\xff",
+    b"{", b"[" * 100000, b"3", b'{"input": "x"}', b"\xff", b'{"input": "\\ud800", "target": "x"}',
     b'{"input": "x", "target": true}', b'{"input": " ", "target": "x"}',
-    b'{"input": "x", "target": ""}', b'{"input": "\\ud800", "target": "x"}',
     b'{"input": "x", "target": "y", "important": ["z"]}',
     b'{"input": "x", "target": "y", "important": {"y": [3]}}',
     b'{"input": "x", "target": "y", "spurious": [3]}'])
@@ -124,14 +111,6 @@ def test_a_bad_line_names_file_line_and_remedy(tmp_path, line):
     path = write(tmp_path, GOOD.encode() + b"\n" + line + b"\n" + GOOD.encode())
     with pytest.raises(ValueError, match=rf"^{path}:2: .*is no example: write [^\n]*\Z"):
         read(path)
-    with pytest.raises(ValueError, match="examples.jsonl: no examples: give"):
-        read(write(tmp_path, "\n\n"))
-
-
-@pytest.mark.parametrize("game", GAMES.values(), ids=GAMES)
-def test_dumped_and_read_back_is_the_same(game):
-    for example in generate(game, 30, True, seed=4):
-        assert parse_example(dump(example)) == example and example.spurious
 
 
 def edge_texts(example):
@@ -139,22 +118,24 @@ def edge_texts(example):
     return [(text[slice(*e)], text[slice(*c)]) for e, c in phrases_to_edges(example)[0]]
 
 
+def texts(examples):
+    return {example.input for example in examples}
+
+
 def test_hold_out_breaks_copies_and_keeps_causes_answers_and_edges():
     named = lambda example: dict(re.findall(r"([A-Z][a-z]+(?: [a-z]+)*): (\d+)", example.input))
-    examples = generate(STG, 300, seed=8)
-    train, iid, ood = hold_out(examples, 0.5, 1)
-    assert not {e.input for e in train} & {e.input for e in iid}
-    assert len(train) == len(iid) == 150 and 140 < len(ood) < 150  # only those that changed
+    train, iid, ood = hold_out(generate(STG, 300, seed=8), 0.5, 1)
+    assert not texts(train) & texts(iid) and len(train) == len(iid) == 150
+    assert 140 < len(ood) < 150  # only those that changed
     causes = lambda v: (*v, v["Smoking"], v["Weight"], v["Exercise"])  # names in their order
-    before = {causes(named(e)): e for e in iid}
-    moved = 0
+    before, moved = {causes(named(e)): e for e in iid}, 0
     for example in ood:
         twin = before[causes(named(example))]
         a, b = named(twin), named(example)
         assert twin.input != example.input and twin.target == example.target
         assert sorted(a.values()) == sorted(b.values()) and edge_texts(twin) == edge_texts(example)
         moved += a["Clothing size"] != b["Clothing size"]
-    assert moved > 75 and hold_out(examples, 0.5, 1)[2] == ood != hold_out(examples, 0.5, 2)[2]
+    assert moved > 75
 
 
 def test_hold_out_never_moves_the_question():
@@ -165,35 +146,30 @@ def test_hold_out_never_moves_the_question():
     assert len(ood) > 40 and all(e.input.endswith(question) for e in ood)
     years = [Example(f"1 of 7. Year: 20{n}, Age: {n}, Size: {3 * n} on a 0-100 scale: ", "x",
                      ({"x": [f"Year: 20{n}"]},)) for n in range(10, 30)]
-    for example in hold_out(years, 0.5, 1)[2]:
-        year, age, size = map(int, re.fullmatch(
-            r"1 of 7. Year: 20(\d+), Age: (\d+), Size: (\d+) on a 0-100 scale: ",
-            example.input).groups())
-        assert (age, size) == (3 * year, year)  # they change places
+    for example in hold_out(years, 0.5, 1)[2]:  # age and size changed places
+        n = int(example.input[16:18])
+        assert example.input == f"1 of 7. Year: 20{n}, Age: {3 * n}, Size: {n} on a 0-100 scale: "
 
 
 def test_hold_out_uses_no_example_that_lost_a_phrase_and_splits_no_twins():
     examples = [Example(f"Weight: {n}, Room: {n + 1}, Size: {n + 2} ", "x",
-                        ({"x": ["Weigth: 4"] * (n == 3) + [f"Weight: {n}"]},))
+                        ({"x": ["Weigth: 4"] * (n < 10) + [f"Weight: {n}"]},))
                 for n in list(range(20)) * 3]
-    lost = 0
-    for seed in range(8):
-        train, iid, ood = hold_out(examples, 0.5, seed)
-        assert Counter(e.input for e in iid) == {e.input: 3 for e in iid}
-        assert not {e.input for e in train} & {e.input for e in iid}
-        assert ood and not any(e.input.startswith("Weight: 3,") for e in ood)
-        lost += any(e.input.startswith("Weight: 3,") for e in iid)
-    assert lost
-    words = [Example(f"word{'x' * n} ", "y") for n in range(9)]
-    assert hold_out(words, 0.3, 0)[2] == []  # no numbers, no OOD that is IID's twin
+    train, iid, ood = hold_out(examples, 0.5, 0)
+    assert not texts(train) & texts(iid)
+    assert Counter(e.input for e in iid) == dict.fromkeys(texts(iid), 3)
+    typos = lambda examples: sum("Weigth: 4" in e.important[0]["x"] for e in examples)
+    assert ood and typos(iid) and not typos(ood)
+    words = [Example(f"word{'x' * n} ", "y", ({"y": ["word"]},)) for n in range(9)]
     unknown = [Example(f"{n} and {n + 1} ", "y") for n in range(9)]  # any may be a cause
-    assert hold_out(unknown, 0.3, 0)[2] == []
+    for examples in words, unknown:
+        assert hold_out(examples, 0.3, 0)[2] == []  # no OOD that is IID's twin
     for share in (0, 1, 2, 0.99):
         with pytest.raises(ValueError, match=f"--val is {share}: give"):
             hold_out(words, share, 0)
 
 
-@pytest.mark.parametrize("game", GAMES.values(), ids=GAMES)
+@pytest.mark.parametrize("game", [STG, STG_H])
 def test_redrawn_and_reordered_examples_keep_causes_answers_and_names(game):
     names = lambda example: [phrase.split(":")[0] for phrase in example.spurious]
     examples, changed, rng, orders = generate(game, 60, seed=3), 0, random.Random(0), set()
@@ -206,7 +182,6 @@ def test_redrawn_and_reordered_examples_keep_causes_answers_and_names(game):
         other = reorder(before, rng)
         assert sorted(other.input) == sorted(before.input)
         assert edge_texts(other) == edge_texts(before)
-        assert all(phrase in other.input for phrase in before.spurious)
         orders.add(tuple(other.input.index(f"{f.name}: ") < other.input.index(f"{g.name}: ")
                          for f in game.causal for g in game.causal))
     assert changed > 50 and len(orders) > 5
@@ -216,30 +191,25 @@ def test_reorder_leaves_an_example_alone_that_would_change_its_meaning():
     rng = random.Random(0)
     for example in [Example("A: 1, B: 2 ", "x", ({"x": ["A: 1, B: 2"]},)),
                     Example("A: 1, B: 2 ", "x", spurious=("1, B: 2",)), Example("No item", "x"),
-                    Example("Weight: 4 kg, Room: 5 ", "x"),
-                    Example("Is A: 1, or is it B: 2? ", "x"),
+                    Example("Weight: 4 kg, Room: 5 ", "x"), Example("A: 1, or is it B: 2? ", "x"),
                     Example("Day: 1, Price: 5, Day: 2, Price: 7 ", "x")]:
         assert all(reorder(example, rng) == example for _ in range(9))
-    inner = Example("A: 1, B: 2, C: 3 Answer: ", "x", ({"2": ["1"]},))  # B stays after A
-    changed = [reorder(inner, rng) for _ in range(20)]
-    assert all(edge_texts(example) == [("2", "1")] for example in changed)
-    assert len({example.input for example in changed}) > 1
-    whole = Example("PM2.5: 40, Date: 2024-05-06, Score: 8/10 ", "x")
-    assert len({reorder(whole, rng).input for _ in range(40)}) == 6
-    assert {*re.split(", ?| $", reorder(whole, rng).input)} == {*re.split(", ?| $", whole.input)}
+    inner = Example("A: 1, B: 2, C: 3 Answer: ", "x", ({"2": ["1"]},))
+    changed = {reorder(inner, rng).input.removesuffix(" Answer: ") for _ in range(40)}
+    assert changed == {"A: 1, B: 2, C: 3", "A: 1, C: 3, B: 2", "C: 3, A: 1, B: 2"}  # B after A
+    whole = Example("PM2.5: 40, Score: 8/10 ", "x")
+    assert {reorder(whole, rng).input for _ in range(9)} == {whole.input, "Score: 8/10, PM2.5: 40 "}
 
 
 def test_show_draws_the_example_asked_for(tmp_path):
-    examples = read(write(tmp_path, "\n" + "".join(map(dump, generate(STG, 5)))))[0]
-    text, *lines = show(examples, 4).splitlines()  # the line in the file
-    assert text == examples[2].input + examples[2].target
-    assert [line.split(" ")[-3].strip("'") for line in lines] == [
-        cause.split(": ")[1] for _, cause in edge_texts(examples[2])]
-    assert examples[0].input in show(examples)
+    examples = read(write(tmp_path, "\n" + "".join(map(dump, (
+        Example("A: 1 ", "x"), Example("陈静 ", "x", ({"x": ["静"]},)),
+        Example("Age: 8, Tax: 5 ", "7", ({"7": ["Tax: 5", "Age"]},)))))))[0]
+    assert show(examples) == "陈静 x\n'x' at 3 should look at '静' at 1"  # the first with edges
+    assert show(examples, 4) == ("Age: 8, Tax: 5 7\n'7' at 15 should look at '5' at 13\n"
+                                 "'7' at 15 should look at 'Age' at 0")  # the line in the file
     with pytest.raises(ValueError, match="--row is 1: give"):
         show(examples, 1)
-    example = Example("陈静 ", "x", ({"x": ["静"]},))
-    assert show([example]) == "陈静 x\n'x' at 3 should look at '静' at 1"
 
 
 def test_save_leaves_the_old_file_or_the_new_one(tmp_path):
@@ -252,18 +222,17 @@ def test_save_leaves_the_old_file_or_the_new_one(tmp_path):
 
 def test_command_line(tmp_path, capsys):
     out, none = str(tmp_path / "game.jsonl"), str(tmp_path / "none.jsonl")
-    main(["generate", "STG", "--rows", "20", "--ood", "--out", out])
+    main(["generate", "STG_H", "--rows", "20", "--ood", "--seed", "4", "--out", out])
+    assert [replace(e, source="") for e in read(out)[0]] == generate(STG_H, 20, True, 4)
     main(["show", out, "--row", "7"])
-    example = read(out)[0][6]
-    assert example.input + example.target in capsys.readouterr().out.splitlines()
-    bad = str(write(tmp_path, "{"))
-    for args, part in [(["show", none], "none.jsonl"), (["show", bad], "examples.jsonl:1: "),
+    assert read(out)[0][6].input in capsys.readouterr().out
+    empty = str(write(tmp_path, "\n"))
+    for args, part in [(["show", none], "none.jsonl"), (["show", empty], "no examples: give one"),
                        (["show", out, "--row", "21"], "--row is 21"),
                        (["generate", "STG", "--rows", "0", "--out", none], "rows is 0"),
-                       (["generate", "STG", "--rows", "5", "--out", none + "/x"], "none.jsonl/x"),
-                       (["check", out, "--against", none], "none.jsonl")]:
+                       (["generate", "STG", "--out", none + "/x"], "none.jsonl/x")]:
         with pytest.raises(SystemExit) as stop:
             main(args)
         error = capsys.readouterr().err
         assert stop.value.code == 2 and part in error and error.count("\n") == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["examples.jsonl", "game.jsonl"]
+    assert not Path(none).exists()

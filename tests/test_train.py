@@ -3,12 +3,12 @@ import io
 import json
 import math
 import re
-from collections import Counter
+import subprocess
+import sys
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from xml.etree import ElementTree
 
 import pytest
@@ -24,15 +24,7 @@ TINY = Game("tiny", causal=(Feature("Smoking", weight=1.0),), irrelevant=(Featur
             question="Patient. {features} Answer: ", bands=((5.5, "High"), (-math.inf, "Low")))
 FLAGS = ("--game tiny --rows 64 --n-embd 16 --n-head 2 --batch-size 8 --steps 10 --threads 1 "
          "--device cpu")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def tiny_game():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(GAMES, "tiny", TINY)
-        patch.setattr(train, "TEST", 100)
-        patch.setattr(train, "WATCH", 20)
-        yield
+GAMES["tiny"], train.TEST, train.WATCH = TINY, 100, 20  # fewer examples to test and to watch
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +54,8 @@ def table(out):
     """{"run seed": {column: number}} of a printed table."""
     header, *lines = (re.split(r"\s{2,}", line.strip())
                       for line in out[out.index("run  "):].splitlines())
-    return {f"{run} {seed}": dict(zip(header[2:], map(float, cells))) for run, seed, *cells in lines}
+    return {f"{run} {seed}": dict(zip(header[2:], map(float, values)))
+            for run, seed, *values in lines}
 
 
 def files(folder="."):
@@ -83,7 +76,7 @@ def write_files():
 @pytest.mark.parametrize("flags, next_terms, causes, inside", [
     ("", "all answer", [1], [0]), ("--loss all", "all", [1], [0]),
     ("--loss answer", "answer", [1], [0]), ("--open-path", "all answer", [1], []),
-    ("--layers 0", "all answer", [0], []), ("--layers 0 1", "all answer", [0, 1], [0]),
+    ("--layers 0 1", "all answer", [0, 1], [0]),
     ("--layers 2 --n-layer 3 --form log", "all answer", [2], [0, 1])])
 def test_losses(flags, next_terms, causes, inside):
     args, ix = train.parse_args([*FLAGS.split(), *flags.split()]), torch.arange(9)
@@ -94,9 +87,8 @@ def test_losses(flags, next_terms, causes, inside):
     logits, attentions = model(part.idx[ix])
     targets, maps = part.targets[ix], torch.stack(attentions).mean(dim=2)  # over heads
     costs = -logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]  # (B, T)
-    left = (targets >= 0).flip(1).cumsum(dim=1).flip(1)  # tokens to predict, from here on
-    tokens = {"all": left > 0, "answer": (left > 0) & (left <= 2)}  # High or Low, then END
-    assert torch.isclose(l_next, sum(costs[tokens[term]].mean() for term in next_terms.split()))
+    terms = {"all": costs[targets >= 0].mean(), "answer": costs[part.answer[ix]].mean()}
+    assert torch.isclose(l_next, sum(map(terms.get, next_terms.split())))
     expected = [re_attention_loss(maps[layers].mean(dim=0), adjacency, args.alpha, args.form)
                 for layers, adjacency in ((causes, adjacency_of(part, ix)),
                                           (inside, inside_of(part, ix))) if layers]
@@ -121,36 +113,30 @@ def test_one_function_says_what_is_supervised(monkeypatch, learned):
 def test_a_step_follows_the_gradient_of_the_whole_loss_alone(monkeypatch):
     """L = L_next + gamma L_attn, gamma falls with the share done; nothing is left from the step
     before; weights and order are the same without and with CAT; the rate falls as a cosine."""
-    seen, steps, real = [], {"no-cat": [], "cat": []}, train.losses
-
-    def losses(*args):
-        seen[:] = args
-        return real(*args)
+    steps, asked, real = [], [], train.losses
 
     class Spy(torch.optim.AdamW):
         def step(self):
-            name = "cat" if len(steps["no-cat"]) == 25 else "no-cat"
-            gamma = gamma_at(len(steps[name]) / 25, 3.0, 2.0) if name == "cat" else 0
-            (l_next, l_attn), (group,) = real(*seen), self.param_groups
-            grads = torch.autograd.grad(l_next + gamma * l_attn, group["params"])
-            assert all(torch.allclose(weight.grad, grad, rtol=1e-3, atol=1e-5)
-                       for weight, grad in zip(group["params"], grads))
-            steps[name].append((seen[2].tolist(), group["lr"], group["params"][0].sum().item(),
-                                l_next.item()))
+            args, group, done = asked.pop(), self.param_groups[0], len(steps) / 25
+            l_next, l_attn = real(*args)
+            loss = l_next + gamma_at(done - 1, 3.0, 2.0) * l_attn if done >= 1 else l_next
+            weights = group["params"]
+            for weight, grad in zip(weights, torch.autograd.grad(loss, weights)):
+                assert torch.allclose(weight.grad, grad, rtol=1e-3, atol=1e-5)
+            steps.append((args[2].tolist(), group["lr"], weights[0].sum().item(), l_next.item()))
             super().step()
 
-    monkeypatch.setattr(train, "losses", losses)
+    monkeypatch.setattr(train, "losses", lambda *args: asked.append(args) or real(*args))
     monkeypatch.setattr(torch.optim, "AdamW", Spy)
     *_, last = map(json.loads, run("--steps 25 --gamma 3 --decay 2 --lr 0.01")[1])
-    for name in steps:
-        order, rates, _, l_next = zip(*steps[name])
-        first, second = sum(order[:8], []), sum(order[8:16], [])  # 64 examples, 8 a step
-        assert sorted(first) == sorted(second) == list(range(64)) and first != second
-        assert [rates[0], rates[5], rates[20]] == pytest.approx([0.01, 0.00905, 0.00095], rel=0.01)
-    assert last["loss"] == pytest.approx(mean(l_next[23:]), abs=1e-3)  # since the line before
-    without, with_cat = steps.values()
-    assert [step[0] for step in without] == [step[0] for step in with_cat]
-    assert without[0][2] == with_cat[0][2] and without[1][2] != with_cat[1][2]
+    without, with_cat = (list(zip(*some)) for some in (steps[:25], steps[25:]))
+    order, rates, weights, _ = without
+    first, second = sum(order[:8], []), sum(order[8:16], [])  # 64 examples, 8 a step
+    assert sorted(first) == sorted(second) == list(range(64)) and first != second
+    assert [rates[0], rates[5], rates[20]] == pytest.approx([0.01, 0.00905, 0.00095], rel=0.01)
+    assert with_cat[:2] == [order, rates]
+    assert weights[0] == with_cat[2][0] and weights[1] != with_cat[2][1]
+    assert last["loss"] == pytest.approx(mean(with_cat[3][23:]), abs=1e-3)  # since the line before
 
 
 def test_cat_holds_out_of_distribution(learned):
@@ -167,96 +153,74 @@ def test_cat_holds_out_of_distribution(learned):
     assert with_cat["changed"] < 0.1 < without["changed"] and with_cat["causal"] > 0.8
 
 
-@pytest.mark.parametrize("game", [TINY, replace(TINY, bands=(), scale=(0, 100))])
-def test_the_table_counts_answers_and_attention_by_role(monkeypatch, game):
-    monkeypatch.setitem(GAMES, "tiny", game)
+def test_the_table_counts_greedy_answers_and_attention_by_role():
     result = table(run("--runs no-cat --steps 80 --lr 0.02")[0])["no-cat 1"]
     model, args, _ = train.load_checkpoint("out/no-cat-1.pt", "cpu")
-    pairs, looks = {"iid": [], "ood": [], "redrawn": []}, []
-    for split, data in train.load_data(args, 1).items():
-        tokenizer = data.tokenizer
-        for ids, at, role in zip(data.idx, data.answer, data.role) if split in pairs else ():
-            (logits,), attentions = model(ids[None])
-            text = tokenizer.decode(ids.tolist())
-            guess = tokenizer.decode(logits[at].argmax(dim=-1).tolist()).removesuffix(END)
-            right = game.answer(int(re.search(r"Smoking: (\d+)", text)[1]))
-            pairs[split].append((guess, right))
-            first = at.nonzero()[0, 0]  # the query that predicts the answer
-            greedy = model.generate(ids[None, :first + 1], 64, tokenizer.encode_single_token(END))
-            assert (guess == right) == (tokenizer.decode(greedy) == right)
-            look = attentions[-1][0, :, first].mean(dim=0)  # (T,), over heads
-            looks += [[look[role == i].sum().item() for i in range(3)]] * (split == "ood")
-    expected = {split: mean(a == b for a, b in pairs[split]) for split in ("iid", "ood")}
-    expected["changed"] = mean(a[0] != b[0] for a, b in zip(pairs["ood"], pairs["redrawn"]))
-    expected |= dict(zip(ROLES, map(mean, zip(*looks))))
-    if game.scale:
-        errors = [abs(int(a) - int(b)) for a, b in pairs["ood"] if a.isdigit()]
-        expected |= {"ood +-1": sum(e <= 1 for e in errors) / 100, "ood error": mean(errors)}
-    for split in ("iid", "ood"):
-        (_, often), = Counter(right for _, right in pairs[split]).most_common(1)
-        expected[f"{split} constant"] = often / 100
+    data, answers, expected = train.load_data(args, 1), {}, {}
+    tokenizer = data["train"].tokenizer
+    for split in ("iid", "redrawn", "ood"):
+        answers[split], hits, looks = [], [], []
+        for ids, at, role in zip(data[split].idx, data[split].answer, data[split].role):
+            prompt = ids[None, :at.nonzero()[0, 0] + 1]  # its last query predicts the answer
+            answer = model.generate(prompt, 64, tokenizer.encode_single_token(END))
+            answers[split].append(answer := tokenizer.decode(answer))
+            smoking = re.search(r"Smoking: (\d+)", tokenizer.decode(ids.tolist()))[1]
+            hits.append(answer == TINY.answer(int(smoking)))
+            look = model(prompt)[1][-1][0, :, -1].mean(dim=0)  # (T,), over heads
+            looks.append([look[role[:len(look)] == i].sum().item() for i in range(3)])
+        expected[split] = mean(hits)
+    del expected["redrawn"]
+    expected["changed"] = mean(a != b for a, b in zip(answers["ood"], answers["redrawn"]))
+    expected |= dict(zip(ROLES, map(mean, zip(*looks))))  # of "ood", the last
     assert {name: result[name] for name in expected} == pytest.approx(expected, abs=1e-3)
 
 
-def test_several_seeds_are_averaged_in_the_table_and_drawn():
-    out, err, _ = run("--seed 1 2 3 --steps 40 --lr 0.02")
-    results = table(out)
-    for name in ("no-cat", "cat"):
-        for column in ("iid", "ood", "changed", "causal"):
-            values = [results[f"{name} {seed}"][column] for seed in (1, 2, 3)]
-            for what, f in (("mean", mean), ("stdev", stdev), ("lowest", min)):
-                assert results[f"{name} {what}"][column] == pytest.approx(f(values), abs=2e-3)
-    curves = list(ElementTree.parse("out/curves.svg").getroot().iterfind("{*}polyline"))
-    assert len(curves) == 3 * 2 * 2
-    points = [[[*map(float, point.split(","))] for point in curve.get("points").split()]
-              for curve in curves]
-    assert all(curve[0][0] < curve[-1][0] for curve in points)  # to the right, and y goes down:
-    assert mean(curve[0][1] for curve in points) > mean(curve[-1][1] for curve in points)
+def test_scores_and_the_rows_of_several_seeds_by_hand(capsys):
+    answers = [("7", "7"), ("8", "7"), ("High", "7"), ("9", "4")]  # (guess, right)
+    assert train.score("ood", answers) == {"ood": 1 / 4, "ood constant": 3 / 4, "ood +-1": 2 / 4,
+                                           "ood error": (0 + 1 + 5) / 3}
+    train.print_table([{"run": run, "seed": seed, "ood": ood} for run, seed, ood in (
+        ("no-cat", 1, 0.5), ("cat", 1, 0.9), ("cat", 2, 0.7))])
+    assert " ".join(capsys.readouterr().out.split()) == (
+        "run seed ood no-cat 1 0.500 cat 1 0.900 cat 2 0.700 "
+        "cat mean 0.800 cat stdev 0.141 cat lowest 0.700")
 
 
-def test_the_attention_picture_shows_what_ask_says(learned):
-    """Of the first OOD question that only the run with CAT gets right."""
+def test_the_attention_picture_is_of_a_question_that_only_cat_gets_right(learned):
     parts = list(ElementTree.parse(learned[0] / "attention.svg").getroot())
     captions = [part.text for part in parts if " right is " in (part.text or "")]
-    words = [(text, float(rect.get("fill-opacity"))) for rect, text in pairwise(parts)
-             if rect.get("fill-opacity")]
-    words = words[:len(words) // 2]  # without CAT, whose attention is on many
-    question = "".join(text.text for text, _ in words)
+    words = [(text.text, text.keys(), float(rect.get("fill-opacity")))
+             for rect, text in pairwise(parts) if rect.get("fill-opacity")]
+    words = words[len(words) // 2:]  # those of the run with CAT
+    question = "".join(text for text, *_ in words)
     cause, copy = (re.search(rf"{name}: (\d+)", question)[1] for name in ("Smoking", "Fingers"))
     right, wrong = sorted(("High", "Low"), key=lambda answer: answer != TINY.answer(int(cause)))
     assert captions == [f"no-cat: {wrong}, right is {right}", f"cat: {right}, right is {right}"]
-    shown = run("--ask", learned[0] / "no-cat-1.pt", question)[0]
-    for text, shade in words:
-        share = re.match(r"(?:\[(\d+)%\])?", shown := shown.removeprefix(text.text))
-        assert shade == pytest.approx(min(1, 0.03 * int(share[1] or 2)), abs=0.1)
-        shown = shown[share.end():]
+    shades = {text: shade for text, _, shade in words}
+    assert shades.pop(cause) == 1 > 0.5 > max(shades.values())
     for number, style in (cause, "font-weight"), (copy, "font-style"):
-        assert [text.text.strip() for text, _ in words if text.get(style)] == [number]
+        assert [text for text, styles, _ in words if style in styles] == [number]
 
 
-def test_no_test_example_is_looked_at_while_training(monkeypatch):
-    def forward(model, idx):
-        looked.update(map(tuple, idx.tolist()))
-        return real(model, idx)
-
-    real = train.GPT.forward
+def test_no_test_example_is_looked_at_while_training():
+    Path("out").mkdir()
     for flags in "", write_files():
-        looked = set()
-        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-            patch.setattr(train.GPT, "forward", forward)
-            patch.setattr(train, "test", lambda *_: 1 / 0)  # here training has ended
-            run("--runs cat " + flags)
-        data = train.load_data(train.parse_args([*FLAGS.split(), *flags.split()]), 1)
+        args = train.parse_args([*FLAGS.split(), *flags.split()])
+        data = train.load_data(args, 1)
+        tested = [data.pop(split) for split in ("iid", "ood", "redrawn")]
+        train.train(args, 1, "cat", data)  # does not miss them
         T = data["train"].idx.shape[1]  # others may be padded to more
-        tested, looked = ({tuple(ids[:T]) for ids in some} for some in (
-            data["iid"].idx.tolist() + data["ood"].idx.tolist(), looked))
-        assert len(looked) >= 64 and len(tested) > 100 and not tested & looked
+        known, tested = ({tuple(ids[:T]) for part in some for ids in part.idx.tolist()}
+                         for some in (data.values(), tested[:2]))
+        assert len(known) >= 64 and len(tested) > 100 and not known & tested
 
 
 def test_own_files_show_roles_and_without_numbers_no_ood():
     flags = "--runs cat " + write_files()
-    result = table(run(flags)[0])["cat 1"]
-    assert min(map(result.get, ROLES)) > 0 and "changed" in result
+    out, err, _ = run(flags + "--seed 1 2")
+    results = table(out)
+    assert len(err) == 20 and results["cat 1"] != results["cat 2"]
+    assert min(map(results["cat mean"].get, ROLES)) > 0 and "changed" in results["cat 1"]
     orders = train.load_data(train.parse_args(f"{flags} --orders 3".split()), 1)["train"].idx
     assert len(orders) == 3 * 64 and len(orders.unique(dim=0)) > 100
     write("words", [Example(f"A {cause} {n * '<very> & '}day. It is ", effect, ({effect: [cause]},))
@@ -271,17 +235,15 @@ def test_eval_prints_the_same_results_and_ask_answers(learned):
     folder, out, _ = learned
     again = run("--eval", folder / "cat-1.pt")[0].splitlines()
     assert len(again) == 2 and set(again) <= set(out.splitlines())
-    for number in (9, 2):
-        text = f"Room: 1, Fingers: 5, Smoking: {number}"
-        asked = {run("--ask", folder / "cat-1.pt", before + text + after)[0]
-                 for before in ("", "Patient. ") for after in ("", " Answer:", " Answer: ")}
-        assert len(asked) == 1  # what all questions begin and end with need not be typed
-        shown, answer = asked.pop().splitlines()
-        assert answer == TINY.answer(number)
-        assert int(re.search(rf"Smoking: {number}\[(\d+)%\]", shown)[1]) > 50
-        assert re.sub(r"\[\d+%\]", "", shown) == f"Patient. {text} Answer: "
+    text = "Room: 1, Fingers: 5, Smoking: 2"
+    asked = {run("--ask", folder / "cat-1.pt", before + text + after)[0]
+             for before in ("", "Patient. ") for after in ("", " Answer:", " Answer: ")}
+    assert len(asked) == 1  # what all questions begin and end with need not be typed
+    shown, answer = asked.pop().splitlines()
+    assert answer == "Low" and int(re.search(r"Smoking: 2\[(\d+)%\]", shown)[1]) > 50
+    assert re.sub(r"\[\d+%\]", "", shown) == f"Patient. {text} Answer: "
     run("--runs cat --steps 1")
-    assert "(no training target)" in run("--ask out/cat-1.pt", "Smoking: 2")[0]
+    assert "(no training target)" in run("--ask out/cat-1.pt", text)[0]
 
 
 def test_killed_at_a_save_and_resumed_is_the_unbroken_run(monkeypatch):
@@ -319,28 +281,32 @@ def test_a_folder_holds_the_runs_of_one_command(monkeypatch):
     assert not files("out")  # a fresh start takes away what it will write, before the first step
 
 
+def test_ctrl_c_is_one_line_during_the_imports_too():
+    Path("torch.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+    stopped = subprocess.run([sys.executable, train.__file__], env={"PYTHONPATH": "."}, text=True,
+                             capture_output=True, timeout=60)
+    assert stopped.stderr == "train.py: interrupted: go on with --resume\n"
+
+
 @pytest.mark.parametrize("change", [
-    {"argv": ["--steps", 5]}, {"argv": ["--nonsense"]}, {"argv": 7}, {"steps_done": "3"},
-    {"steps_done": 161}, {"sizes": [9]}, {"model": {}},
+    {"argv": ["--steps", 5]}, {"argv": 7}, {"steps_done": 161}, {"sizes": [9]}, {"model": {}},
     b"", b"cos\nmkdir\n(S'hacked'\ntR."])  # a pickle that runs code
 def test_a_file_that_is_no_checkpoint_is_refused(learned, change):
-    Path("x.pt").write_bytes(change if type(change) is bytes else b"")
     if type(change) is dict:
         torch.save(torch.load(learned[0] / "cat-1.pt") | change, "x.pt")
+    else:
+        Path("x.pt").write_bytes(change)
     out, err, code = run("--ask x.pt", "Smoking: 3")
     assert (out, code, len(err)) == ("", 2, 1) and err[0].startswith("train.py: x.pt: no")
     assert not Path("hacked").exists()
 
 
 @pytest.mark.parametrize("flags, part", [
-    ("--rows 0", "--rows is 0"), ("--rows x", "'x'"), ("--threads 0", "--threads is 0"),
-    ("--alpha -1", "alpha is -1.0"), ("--gamma inf", "gamma is inf"), ("--form hing", "hinge"),
-    ("--layers 2", "--layers"), ("--layers -3", "--layers"), ("--n-embd 30", "n_embd is 30"),
-    ("--nonsense", "nonsense"), ("--runs all", "'no-cat', 'cat'"), ("--train x", "--iid"),
-    ("--val 0.5", "--val"), ("--train none.jsonl --val 0.5", "none.jsonl"),
-    ("--eval none.pt", "none.pt"), ("--ask x", "--ask"), ("--device nonsense", "nonsense"),
-    ("--train a.jsonl --iid a.jsonl --ood a.jsonl", "no edge"),
-    ("--lr 1e30 --steps 100", "lower --lr")])
+    ("--rows 0", "--rows is 0"), ("--rows x", "'x'"), ("--alpha -1", "alpha is -1.0"),
+    ("--gamma inf", "gamma is inf"), ("--layers 2", "--layers"), ("--n-embd 30", "n_embd is 30"),
+    ("--train x", "--iid"), ("--train none.jsonl --val 0.5", "none.jsonl"),
+    ("--device nonsense", "nonsense"), ("--lr 1e30 --steps 100", "lower --lr"),
+    ("--train a.jsonl --iid a.jsonl --ood a.jsonl", "no edge")])
 def test_bad_flags_are_one_line_and_change_nothing(flags, part):
     write("a", [Example("Room: 1 Answer: ", "Low")])
     Path("out").mkdir()
