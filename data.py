@@ -63,6 +63,8 @@ class Game:
                 raise ValueError(f"{self.name}: {f.name} copies {f.copies!r}: give one of {causes}")
         if self.question.count("{features}") != 1:
             raise ValueError(f"{self.name}: write {{features}} once in the question")
+        if self.scale and not self.scale[0] < self.scale[1]:
+            raise ValueError(f"{self.name}: scale is {self.scale}: lower first")
         if not self.scale and lows != sorted({*lows, -math.inf}, reverse=True):
             raise ValueError(f"{self.name}: bands from {lows}: highest first, -math.inf last")
 
@@ -162,8 +164,8 @@ def generate(game, n, ood=False, seed=0, exclude=()):
 
 
 # One value each: 8, -6.9, .5, 1,000, 1/3, 7:50, 0-100, 2024-05-06, 1e-5. None: PM2.5, B12, F-16.
-NUMBER = re.compile(r"(?<!\w)(?<!\d[.,:/–-])(?<![^\W\d_]-)"  # not within a word or number
-                    r"[-−]?\.?\d+(?:[.,:/–-]\d+)*(?:[eE][-+]?\d+)?")
+NUMBER = re.compile(r"(?<!\w)(?<!\d[.,:/–-])(?<![^\W\d_][-–−])"  # not within a word or number
+                    r"(?:(?<![\w%°)])[-−])?\.?\d+(?:[.,:/–-]\d+)*(?:[eE][-+]?\d+)?")
 # a place inside a word ("he" in "the") or a number ("5" in "2.5" or "-5")
 INSIDE = re.compile(r"(?<=\w)(?=\w)|(?<=\W[-−.])(?=\d)"
                     r"|(?<=\d[.,:/–-])(?=\d)|(?<=\d)(?=[.,:/–-]\d)")
@@ -200,18 +202,17 @@ def phrases_to_edges(example):
     causes of the answer. notes: [(what, phrase)], "not found", "inside words" or "late", never
     before an effect."""
     text, n = example.input + example.target, len(example.input)
-    edges, notes = [], []
+    edges, notes = {}, []
     for effect, causes in (pair for group in example.important for pair in group.items()):
         effects = find(text, effect, notes, n)
-        for cause in causes if effects else ():
+        for cause in dict.fromkeys(causes) if effects else ():
             spans = find(text, cause, notes)
             before = [(e, c) for e in effects for c in spans if c[1] <= e[0]]
-            edges += before
+            edges.update(dict.fromkeys(before))  # each once
             if spans and not before:
                 notes.append(("late", cause))
-    edges = list(dict.fromkeys(edges))  # each once
     spurious = [span for phrase in example.spurious for span in find(text[:n], phrase, notes)]
-    return edges, [cause for effect, cause in edges if effect[1] > n], spurious, notes
+    return list(edges), [cause for effect, cause in edges if effect[1] > n], spurious, notes
 
 
 def as_lists(pairs):
@@ -294,6 +295,10 @@ def permute(text, spans, rng):
     return substitute(text, spans, rng.sample([text[a:b] for a, b in spans], len(spans)))
 
 
+ITEM = re.compile(r"(?:^|(?<=[,;:.?!]\s))([^\W\d_](?:[^,;:.?!]|\.(?=\S))*): " + NUMBER.pattern
+                  + r"[\w%]*(?=[,;.]?(?:\s|$))")
+
+
 def hold_out(examples, share, seed):
     """Splits examples into (train, iid, ood): a share of the different inputs, 0 to 1, is held out.
 
@@ -301,7 +306,7 @@ def hold_out(examples, share, seed):
     places; the answer stays true. None that lost a phrase. ValueError when a part would be empty.
     """
     rng, inputs = random.Random(seed), sorted({example.input for example in examples})
-    n = round(share * len(inputs))
+    n = round(share * len(inputs)) if 0 < share < 1 else 0
     if not 0 < n < len(inputs):
         raise ValueError(f"--val is {share:g}: give a share between 0 and 1, and more examples")
     held_out, ood = set(rng.sample(inputs, n)), []
@@ -309,8 +314,10 @@ def hold_out(examples, share, seed):
     before, after = map(len, fixed_question(examples))
     for example in iid:
         edges, *_, notes = phrases_to_edges(example)
-        end = len(example.input)
-        fixed = [(0, before), (end - after, end), *(cause for _, cause in edges)]
+        end, named = len(example.input), [span for edge in edges for span in edge]
+        items = (item.span() for item in ITEM.finditer(example.input))
+        fixed = [(0, before), (end - after, end), *named,
+                 *(item for item in items if overlapping(item, named))]
         numbers = (number.span() for number in NUMBER.finditer(example.input))
         free = [number for number in numbers if not overlapping(number, fixed)]
         moved = replace(example, input=permute(example.input, free, rng), spurious=())
@@ -333,16 +340,12 @@ def redraw_spurious(examples, seed):
     return redrawn
 
 
-ITEM = re.compile(r"(?:^|(?<=[,;:.?!]\s))([^\W\d_](?:[^,;:.?!]|\.(?=\S))*): " + NUMBER.pattern
-                  + r"[\w%]*(?=[,;.]?(?:\s|$))")
-
-
 def reorder(example, rng):
     """The same example with the "Name: number" items of its input in another order; as it is when
     that loses an edge or role, words stand between two items, or two have one name."""
     items = list(ITEM.finditer(example.input))
     between = "".join(example.input[a.end():b.start()] for a, b in pairwise(items))
-    if len({item[1] for item in items}) < len(items) or re.search(r"\w", between):
+    if len({item[1].lower() for item in items}) < len(items) or re.search(r"\w", between):
         return example
     moved = replace(example, input=permute(example.input, [item.span() for item in items], rng))
     before, after = ([*map(len, phrases_to_edges(e)[:3])] for e in (example, moved))

@@ -69,16 +69,19 @@ def parse_args(argv=None):
     args.argv = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--resume"]
     if args.steps is None:
         args.steps = 1200 if args.train else GAMES[args.game].steps
+    args.runs, args.seed = ([*dict.fromkeys(some)] for some in (args.runs, args.seed))
     for flag in ("rows", "orders", "steps", "batch_size", "threads"):
         if getattr(args, flag) < 1:
             error(f"--{flag.replace('_', '-')} is {getattr(args, flag)}: give at least 1")
+    if not 0 < args.lr < math.inf:
+        error(f"--lr is {args.lr}: give a finite number above 0")
     given = [flag for flag in ("train", "iid", "ood", "val") if getattr(args, flag) is not None]
     if given not in ([], ["train", "iid", "ood"], ["train", "val"]):
         error(f"--{' --'.join(given)}: give --train --iid --ood, --train --val, or none")
-    if not all(-args.n_layer <= layer < args.n_layer for layer in args.layers):
-        error(f"--layers is {args.layers}: give numbers from 0 to {args.n_layer - 1}")
     # what is checked where it is used is tried now, before a file is touched
     GPTConfig(1, 1, args.n_layer, args.n_head, args.n_embd)
+    if not all(-args.n_layer <= layer < args.n_layer for layer in args.layers):
+        error(f"--layers is {args.layers}: give numbers from 0 to {args.n_layer - 1}")
     gamma_at(0, args.gamma, args.decay)
     re_attention_loss(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), args.alpha, args.form)
     try:
@@ -98,12 +101,12 @@ def load(path):
 def load_data(args, seed):
     """A Dataset for each of "train", "iid", "ood", "redrawn" (ood with other spurious numbers), and
     what is watched while training: no part of a generated test set or a test file."""
-    if not args.train:
+    if args.train is None:
         iid = generate(GAMES[args.game], args.rows + TEST + WATCH, False, seed)
         ood = generate(GAMES[args.game], TEST + WATCH, True, seed, exclude=iid)
         splits = {"train": iid[TEST + WATCH:], "iid": iid[:TEST], "ood": ood[:TEST],
                   "watch iid": iid[TEST:TEST + WATCH], "watch ood": ood[TEST:]}
-    elif args.val:
+    elif args.val is not None:
         splits = dict(zip(("train", "iid", "ood"), hold_out(load(args.train), args.val, seed)))
         print(f"held out {len(splits['iid'])}, {len(splits['ood'])} with numbers to shuffle")
         splits |= {f"watch {name}": splits[name][:WATCH] for name in ("iid", "ood")}
@@ -192,8 +195,8 @@ def begin(args, seed, run, data):
     if args.resume and path.exists():
         saved = load_checkpoint(path, args.device)[-1]
         if {name: saved[name] for name in begun} != begun:
-            raise ValueError(f"{path} was begun with other data, flags or threads: give those, "
-                             f"{' '.join(saved['argv'])}, {saved['threads']}, or another --out")
+            raise ValueError(f"{path} was begun with other data or threads: give those, "
+                             f"--threads {saved['threads']}, or another --out")
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         state = saved
@@ -249,9 +252,11 @@ def load_checkpoint(path, device):
             args = parse_args([*state["argv"], "--device", device])
             model = GPT(GPTConfig(*state["sizes"])).to(device)
             model.load_state_dict(state["model"])
-            assert 0 < state["steps_done"] <= args.steps
-            assert {"run", "seed", "threads", "data", "metrics", "optimizer"} <= state.keys()
-        except Exception as error:  # foreign, cut and changed files fail in many ways
+            torch.optim.AdamW(model.parameters()).load_state_dict(state["optimizer"])
+            assert {"threads", "data"} < state.keys() and all(map(json.loads, state["metrics"]))
+            assert state["run"] in args.runs and state["seed"] in args.seed
+            assert state["steps_done"] in range(1, args.steps + 1)
+        except (Exception, SystemExit) as error:  # foreign and changed files fail in many ways
             raise ValueError(f"{path}: no checkpoint of train.py ({type(error).__name__}): "
                              "give one of out/*.pt") from None
     return model, args, state
@@ -314,7 +319,8 @@ def ask_model(model, data, args, text):
     """Prints a question, the attention of its answer on a token where it is 5% or more, and the
     answer. What all inputs of the training data begin and end with need not be typed."""
     before, after = data.question
-    text = before + text.removeprefix(before).rstrip().removesuffix(after.rstrip()) + after
+    typed = next(n for n in range(len(after), -1, -1) if text.endswith(after[:n]))
+    text = before + text.removeprefix(before) + after[typed:]
     tokens = data.tokenizer.encode_ordinary(text)
     if not tokens:
         raise ValueError("--ask is empty: give a question")
@@ -382,8 +388,11 @@ def run_all(args):
     """All seeds, without and with CAT, the table and the pictures."""
     out, results, metrics, pictured = Path(args.out), [], [], {}
     mine = [f"{run}-{seed}.pt" for run in args.runs for seed in args.seed]
-    for path in {*out.glob("*.pt")} - {out / name for name in mine}:
-        raise ValueError(f"{path} is of another command: give another --out, or remove it")
+    for path in out.glob("*.pt"):
+        if path.name not in mine:
+            raise ValueError(f"{path} is of another command: give another --out, or remove it")
+        if args.resume and (argv := load_checkpoint(path, args.device)[-1]["argv"]) != args.argv:
+            raise ValueError(f"{path} was begun with other flags: give those, {' '.join(argv)}")
     for seed in args.seed:
         data = load_data(args, seed)
         if "cat" in args.runs and not data["train"].edges.numel():
@@ -409,9 +418,9 @@ def main(argv=None):
     try:
         args = parse_args(argv)
         torch.set_num_threads(args.threads)
-        if not args.eval and not args.ask:
+        if args.eval is None and args.ask is None:
             return run_all(args)
-        path = args.eval or args.ask[0]
+        path = args.ask[0] if args.ask else args.eval
         model, saved, state = load_checkpoint(path, args.device)
         data = load_data(saved, state["seed"])
         if checksum(data) != state["data"]:

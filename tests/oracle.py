@@ -52,14 +52,13 @@ def loop_loss(attn, adjacency, alpha, form="hinge", mask=None, reduction="mean")
     return penalties if reduction == "none" else penalties.mean()
 
 
-def random_case(B, T, seed, dtype=torch.float64, mask="padding"):
+def random_case(B, T, seed, mask="padding"):
     """Attention (B, T, T) whose rows sum to 1, adjacency with some rows empty and some full, and a
-    mask: None, "padding" (B, T) on alternating sides, or "window" (B, T, T) of the last T / 2 keys
-    with an example of padding besides."""
+    mask: None, "padding" (B, T) on alternating sides, or that within a "window" (B, T, T)."""
     g = torch.Generator().manual_seed(seed)
     scores = torch.randn(B, T, T, generator=g, dtype=torch.float64)
     future = torch.ones(T, T, dtype=torch.bool).triu(1)
-    attn = scores.masked_fill(future, float("-inf")).softmax(dim=-1).to(dtype)
+    attn = scores.masked_fill(future, float("-inf")).softmax(dim=-1)
     some = torch.rand(B, T, 1, generator=g) < 0.8
     adjacency = ((torch.rand(B, T, T, generator=g) < 0.4) & some).tril()
     adjacency[:, T // 2] = torch.arange(T) <= T // 2  # causal keys only: must not count

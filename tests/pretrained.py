@@ -45,7 +45,7 @@ def right(logits, labels):
 if __name__ == "__main__":
     parser = hf.HfArgumentParser(hf.TrainingArguments)
     for flag in "model", "gguf_file", "train", "iid", "ood":
-        parser.add_argument(f"--{flag}")
+        parser.add_argument(f"--{flag}", required=flag != "gguf_file")
     for flag, default in ("upper", 10), ("alpha", 100.0), ("gamma", 0.3):
         parser.add_argument(f"--{flag}", type=type(default), default=default)
     args, cat = parser.parse_args_into_dataclasses()

@@ -1,6 +1,5 @@
 """What CAT costs: `python tests/speed.py [threads]` times training steps of 16 examples on the CPU:
 with CAT, without, and without by F.scaled_dot_product_attention, which returns no map."""
-import copy
 import sys
 import time
 from pathlib import Path
@@ -45,18 +44,16 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     examples, ix, times = generate(STG, 16), torch.arange(16), []
     data = encode(examples, build_tokenizer(e.input + e.target for e in examples))
-    plain = GPT(GPTConfig(data.tokenizer.n_vocab, data.idx.shape[1]))
-    fused = copy.deepcopy(plain)
+    plain, fused = (GPT(GPTConfig(data.tokenizer.n_vocab, data.idx.shape[1])) for _ in range(2))
     for block in fused.blocks:
         block.attn.forward = MethodType(fused_forward, block.attn)
     plain, fused = ((model, torch.optim.AdamW(model.parameters())) for model in (plain, fused))
-    kinds = [(*plain, data, ix, True), (*plain, data, ix, False), (*fused, data, ix, False)]
-    for turn in range(210):
-        times.append([0.0] * 3)
-        for k in ((0, 1, 2), (1, 2, 0), (2, 0, 1))[turn % 3]:
+    for _ in range(210):
+        times.append([])
+        for model, use_cat in (plain, True), (plain, False), (fused, False):  # in turns
             start = time.perf_counter()
-            step(*kinds[k])
-            times[-1][k] = 1000 * (time.perf_counter() - start)
+            step(*model, data, ix, use_cat)
+            times[-1].append(1000 * (time.perf_counter() - start))
     cat, without, fused = zip(*times[10:])  # the first warm up
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, medians of 200 steps:")
     print(f"with CAT {median(cat):.2f} ms, without {median(without):.2f} ms, ratio "

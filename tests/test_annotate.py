@@ -108,8 +108,7 @@ def test_a_reply_that_is_of_no_use_is_asked_for_three_times_and_counted(run):
 
 def test_a_command_that_is_not_done_in_time_is_no_answer(run):
     write("questions.jsonl", [question("blocks")])
-    code, out, _ = run(*LABEL, "--time-limit", 0.3)
-    assert code == 0 and "0.3 seconds" in out
+    assert "0.3 seconds" in run(*LABEL, "--time-limit", 0.3)[1]
     assert lines() == [dump(question("blocks"))]
 
 

@@ -7,7 +7,6 @@ import re
 import runpy
 import subprocess
 import sys
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -109,20 +108,22 @@ def trained(flags):
 
 def write(n):
     """Writes FILE: n examples, alike in the number of tokens that are predicted and supervised."""
-    examples = [replace(e, important=({"Low Risk": [e.important[0]["Low Risk"][0]]},))
-                for e in generate(STG, 99) if e.target == "Low Risk"][:n]
+    examples = [e for e in generate(STG, 99) if e.target == "Low Risk"][:n]
     Path("FILE").write_text("".join(map(dump, examples)))
     return examples
 
 
-def assert_who_answers_looks_at_smoking(examples, tokenizer, batch):
+def assert_who_answers_looks_at_the_causes(examples, tokenizer, batch):
     assert batch["seen"].sum(dim=1).equal(batch["attention_mask"].sum(dim=1) - 1)
     assert not batch["seen"][:, 0].any()  # the attention sink is left out
-    for example, ids, edges in zip(examples, batch["input_ids"], batch["adjacency"], strict=True):
-        predicted, looked_at = (tokenizer.decode(ids[which]).strip()
-                                for which in (edges.any(dim=1).roll(1), edges.any(dim=0)))
-        smoking = re.search(r"Smoking: (\d+)", example.input)[1]
-        assert (predicted, looked_at) == (example.target, smoking)
+    ids, labels, adjacency = (batch[name] for name in ("input_ids", "labels", "adjacency"))
+    for n, example in enumerate(examples):
+        text_of = lambda which: tokenizer.decode(ids[n, which]).replace(" ", "")
+        target = example.target.replace(" ", "")
+        assert text_of(labels[n] >= 0) == target + tokenizer.eos_token
+        assert text_of(adjacency[n].any(dim=1).roll(1)) == target  # predicted by who looks at
+        numbers = re.findall(r"(?:Smoking|Weight|Exercise): (\d+)", example.input)
+        assert text_of(adjacency[n].any(dim=0)) == "".join(numbers)
 
 
 def stepped(model, batch, gamma):
@@ -131,7 +132,7 @@ def stepped(model, batch, gamma):
     adjacency, seen = batch.pop("adjacency"), batch.pop("seen")
     output = model(**batch, output_attentions=True)
     attn = average_attention(output.attentions[-1:])
-    loss = output.loss + gamma * re_attention_loss(attn, adjacency, 100.0, "log", seen)
+    loss = output.loss + gamma * re_attention_loss(attn, adjacency, 100.0, "each", seen)
     loss.backward()
     torch.optim.SGD([w for name, w in model.named_parameters() if ".1." in name], lr=0.1).step()
     return model.state_dict()
@@ -178,7 +179,7 @@ def test_trainer(hf, name, monkeypatch, tmp_path):
         tokenizer, *trainers = trained(f"--per_device_train_batch_size {size} "
                                        f"--gradient_accumulation_steps {micro_batches}")
         batch = trainers[0].data_collator(examples)
-        assert_who_answers_looks_at_smoking(examples, tokenizer, batch)
+        assert_who_answers_looks_at_the_causes(examples, tokenizer, batch)
         for trainer, gamma in zip(trainers, (0, 0.3), strict=True):
             assert trainer.model_accepts_loss_kwargs == accepts
             assert_close(trainer.model.state_dict(), stepped(model, batch, gamma))
@@ -204,7 +205,7 @@ def test_two_layers_of_a_real_model(hf, monkeypatch, tmp_path):
     examples = write(2)
     tokenizer, without, with_cat = trained(
         f"--model {file.parent} --gguf_file {file.name} --max_steps 2")
-    assert_who_answers_looks_at_smoking(examples, tokenizer, without.data_collator(examples))
+    assert_who_answers_looks_at_the_causes(examples, tokenizer, without.data_collator(examples))
     before, after = (trainer.model.state_dict() for trainer in (without, with_cat))
     assert with_cat.state.global_step == 2
     assert all(torch.equal(before[name], after[name]) == (".1." not in name) for name in before)

@@ -10,7 +10,7 @@ from statistics import correlation, fmean, stdev
 import pytest
 import torch
 
-from data import (BEFORE_ITEM, EDGES, END, STG, STG_H, Example, Feature, Game, adjacency_of,
+from data import (EDGES, END, STG, STG_H, Example, Feature, Game, adjacency_of,
                   build_tokenizer, character_offsets, character_tokens, encode, generate,
                   inside_of, narrow_edges, phrases_to_edges, read, token_edges)
 
@@ -64,9 +64,8 @@ def test_the_hard_game_has_noise_and_copies_that_become_independent(ood):
         assert abs(answer - int(example.target)) < 0.5 + 2 * 1.4 * 0.05 + 1e-9
     assert (STG_H.answer(-21), STG_H.answer(31)) == ("0", "100")
     for f in STG_H.causal:
-        outside = fmean(not f.low <= x <= f.high for x in shown[f.name])
-        expected = f.noise / (f.high - f.low) * math.sqrt(2 / math.pi)
-        assert outside == pytest.approx(expected, rel=0.3)
+        outside = fmean(not f.low <= x <= f.high for x in shown[f.name])  # by its noise
+        assert outside == pytest.approx(0.8 * f.noise / (f.high - f.low), rel=0.3)
     for f in STG_H.spurious:
         copies, causes = shown[f.name], shown[f.copies]
         if ood:
@@ -170,14 +169,6 @@ def test_edges_value_span_spurious_and_random():
     one, two, same = (encode([example], tokenizer_of([example]), "random", seed=seed).edges.tolist()
                       for seed in (1, 2, 1))
     assert one == same != two
-
-
-@pytest.mark.parametrize("text, item", [
-    ("Please predict it. Room size: 6", "Room size: 6"), ("Coal: 41.9%; Wood: 8", "Wood: 8"),
-    ("on a 0-100 scale? Answer: 3", "Answer: 3"), ("A: 1. PM2.5: 4", "PM2.5: 4"),
-    ("A b\nB", "B"), ("A b! C", "C"), ("High Risk", "High Risk")])
-def test_an_item_begins_after_a_separator_or_number(text, item):
-    assert text[BEFORE_ITEM.match(text, 0, len(text) - 1).end():] == item
 
 
 def test_the_vocabulary_has_the_numbers_that_occur_and_any_text_comes_back():

@@ -1,4 +1,5 @@
 """Numbers, phrases to edges, JSON Lines, and examples with other numbers or another order."""
+import math
 import random
 import re
 from collections import Counter
@@ -8,15 +9,16 @@ from pathlib import Path
 import pytest
 
 from data import (NUMBER, STG, STG_H, Example, dump, find, fixed_question, generate,
-                  hold_out, main, phrases_to_edges, read, redraw_spurious, reorder, save, show)
+                  hold_out, main, phrases_to_edges, read, redraw_spurious, reorder, show)
 
 
 @pytest.mark.parametrize("text, numbers", [
-    ("COVID-19, F-16, PM2.5, B12, v1.2.3", []), ("PM2.5: 40, Vitamin B12: 30", ["40", "30"]),
+    ("COVID-19, COVID–19, F-16, v1.2.3", []), ("PM2.5: 40, Vitamin B12: 30", ["40", "30"]),
     ("5-6 days, wards 10–12, 7:50, 1/3 of 1,000. ", ["5-6", "10–12", "7:50", "1/3", "1,000"]),
     ("on 2024-05-06, a 0-100 scale, .5 and 1e-5", ["2024-05-06", "0-100", ".5", "1e-5"]),
     ("Score: -6.9. (-5) $-3 −2, 4 - 2", ["-6.9", "-5", "-3", "−2", "4", "2"]),
-    ("38th; 73.8%; 114.2Mbps. Then 3.5.", ["38", "73.8", "114.2", "3.5"])])
+    ("38th; 73.8%; 114.2Mbps. Then 3.5.", ["38", "73.8", "114.2", "3.5"]),
+    ("10%-20%, 5°-7°", ["10", "20", "5", "7"])])
 def test_a_number_is_one_whole_value(text, numbers):
     assert NUMBER.findall(text) == numbers
 
@@ -145,7 +147,7 @@ def test_hold_out_never_moves_the_question():
     ood = hold_out(generate(STG_H, 100, seed=8), 0.5, 1)[2]
     assert len(ood) > 40 and all(e.input.endswith(question) for e in ood)
     years = [Example(f"1 of 7. Year: 20{n}, Age: {n}, Size: {3 * n} on a 0-100 scale: ", "x",
-                     ({"x": [f"Year: 20{n}"]},)) for n in range(10, 30)]
+                     ({"x": ["Year"]},)) for n in range(10, 30)]  # its number belongs to it
     for example in hold_out(years, 0.5, 1)[2]:  # age and size changed places
         n = int(example.input[16:18])
         assert example.input == f"1 of 7. Year: 20{n}, Age: {3 * n}, Size: {n} on a 0-100 scale: "
@@ -164,7 +166,7 @@ def test_hold_out_uses_no_example_that_lost_a_phrase_and_splits_no_twins():
     unknown = [Example(f"{n} and {n + 1} ", "y") for n in range(9)]  # any may be a cause
     for examples in words, unknown:
         assert hold_out(examples, 0.3, 0)[2] == []  # no OOD that is IID's twin
-    for share in (0, 1, 2, 0.99):
+    for share in (0, 1, 0.99, math.inf, math.nan):
         with pytest.raises(ValueError, match=f"--val is {share}: give"):
             hold_out(words, share, 0)
 
@@ -192,7 +194,7 @@ def test_reorder_leaves_an_example_alone_that_would_change_its_meaning():
     for example in [Example("A: 1, B: 2 ", "x", ({"x": ["A: 1, B: 2"]},)),
                     Example("A: 1, B: 2 ", "x", spurious=("1, B: 2",)), Example("No item", "x"),
                     Example("Weight: 4 kg, Room: 5 ", "x"), Example("A: 1, or is it B: 2? ", "x"),
-                    Example("Day: 1, Price: 5, Day: 2, Price: 7 ", "x")]:
+                    Example("Day: 1, Price: 5, day: 2, Price: 7 ", "x")]:
         assert all(reorder(example, rng) == example for _ in range(9))
     inner = Example("A: 1, B: 2, C: 3 Answer: ", "x", ({"2": ["1"]},))
     changed = {reorder(inner, rng).input.removesuffix(" Answer: ") for _ in range(40)}
@@ -210,14 +212,6 @@ def test_show_draws_the_example_asked_for(tmp_path):
                                  "'7' at 15 should look at 'Age' at 0")  # the line in the file
     with pytest.raises(ValueError, match="--row is 1: give"):
         show(examples, 1)
-
-
-def test_save_leaves_the_old_file_or_the_new_one(tmp_path):
-    save(tmp_path / "x", b"old")
-    (tmp_path / "x.tmp").mkdir()  # nothing can be written beside it
-    with pytest.raises(OSError):
-        save(tmp_path / "x", b"new")
-    assert (tmp_path / "x").read_bytes() == b"old"
 
 
 def test_command_line(tmp_path, capsys):

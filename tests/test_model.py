@@ -72,8 +72,7 @@ def test_initial_weights_keep_a_signal_of_size_one():
 
 def test_generate_is_greedy_and_stops():
     model, idx = small_model(), torch.randint(0, 11, (1, 5))
-    new = model.generate(idx, 7)
-    whole = torch.cat((idx, torch.tensor([new])), dim=1)
+    whole = torch.cat((idx, torch.tensor([new := model.generate(idx, 7)])), dim=1)
     assert len(new) == 7 and new == model(whole)[0][0, 4:-1].argmax(dim=-1).tolist()
     assert model.generate(idx, 7, stop=new[2]) == new[:new.index(new[2])]
     assert len(model.generate(idx, 100)) == 8  # the last of them from a full block of 12

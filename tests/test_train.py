@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import train
-from cat import gamma_at, re_attention_loss
+from cat import attention_ratio, gamma_at, re_attention_loss
 from data import (END, GAMES, ROLES, Example, Feature, Game, adjacency_of, dump, generate,
                   inside_of)
 
@@ -95,21 +95,6 @@ def test_losses(flags, next_terms, causes, inside):
     assert torch.isclose(l_attn, sum(expected))
 
 
-def test_one_function_says_what_is_supervised(monkeypatch, learned):
-    """Who changes `read_out` changes the loss, the table and --ask at once."""
-    def first_key(attentions, args):
-        B, _, T, _ = attentions[0].shape
-        return torch.eye(T)[:1].expand(B, T, T)
-
-    monkeypatch.setattr(train, "read_out", first_key)
-    for line in run("--runs cat --open-path --alpha 1000")[1]:  # no cause has any attention
-        assert json.loads(line)["attn_loss"] > math.log(1000 / 1e-8 / 20)
-    checkpoint = learned[0] / "cat-1.pt"
-    assert table(run("--eval", checkpoint)[0])["cat 1"]["other"] == 1
-    out = run("--ask", checkpoint, "Smoking: 1")[0]
-    assert out.startswith("Patient[100%]") and out.count("%") == 1
-
-
 def test_a_step_follows_the_gradient_of_the_whole_loss_alone(monkeypatch):
     """L = L_next + gamma L_attn, gamma falls with the share done; nothing is left from the step
     before; weights and order are the same without and with CAT; the rate falls as a cosine."""
@@ -173,6 +158,10 @@ def test_the_table_counts_greedy_answers_and_attention_by_role():
     expected["changed"] = mean(a != b for a, b in zip(answers["ood"], answers["redrawn"]))
     expected |= dict(zip(ROLES, map(mean, zip(*looks))))  # of "ood", the last
     assert {name: result[name] for name in expected} == pytest.approx(expected, abs=1e-3)
+    attn = train.read_out(model(data["train"].idx[:9])[1], args)
+    causal, other = attention_ratio(attn, adjacency_of(data["train"], ix := torch.arange(9)))
+    ratio = causal.mean().item() / other.mean().item()  # not the mean of ratios
+    assert train.watch(model, data, ix, args)["ratio"] == pytest.approx(ratio)
 
 
 def test_scores_and_the_rows_of_several_seeds_by_hand(capsys):
@@ -217,7 +206,7 @@ def test_no_test_example_is_looked_at_while_training():
 
 def test_own_files_show_roles_and_without_numbers_no_ood():
     flags = "--runs cat " + write_files()
-    out, err, _ = run(flags + "--seed 1 2")
+    out, err, _ = run(flags + "--seed 1 2 1")
     results = table(out)
     assert len(err) == 20 and results["cat 1"] != results["cat 2"]
     assert min(map(results["cat mean"].get, ROLES)) > 0 and "changed" in results["cat 1"]
@@ -264,14 +253,16 @@ def test_killed_at_a_save_and_resumed_is_the_unbroken_run(monkeypatch):
 
 
 def test_a_folder_holds_the_runs_of_one_command(monkeypatch):
-    run(flags := write_files())
-    before = files("out")
-    for other, part in (("--resume --lr 0.1", "begun with other data"),
-                        ("--resume --threads 2", flags.strip()),
-                        ("--runs no-cat", "cat-1.pt is of another command"), ("--resume", "begun")):
-        if other == "--resume":  # all flags are the same, but not the file
+    run(flags := "--runs cat " + write_files())
+    state = torch.load("out/cat-1.pt")
+    for other, part in (("--resume --lr 0.1", flags.strip()), ("--resume", "--threads 2, or"),
+                        ("--runs no-cat", "cat-1.pt is of another command"),
+                        ("--resume", "begun with other data")):
+        if part == "begun with other data":  # all flags are the same, but not the file
             write("train", generate(TINY, 64, seed=4))
             train.load.cache_clear()
+        torch.save(state | {"threads": 1 + part.count("threads")}, "out/cat-1.pt")
+        before = files("out")
         _, err, code = run(flags + other)
         assert code == 2 and len(err) == 1 and part in err[0] and files("out") == before
     assert "training data have changed" in run("--eval out/cat-1.pt")[1][0]
@@ -289,7 +280,8 @@ def test_ctrl_c_is_one_line_during_the_imports_too():
 
 
 @pytest.mark.parametrize("change", [
-    {"argv": ["--steps", 5]}, {"argv": 7}, {"steps_done": 161}, {"sizes": [9]}, {"model": {}},
+    {"argv": ["--steps", 5]}, {"argv": 7}, {"steps_done": 161}, {"steps_done": 1.5},
+    {"sizes": [9]}, {"model": {}}, {"optimizer": {}}, {"metrics": [3]}, {"seed": [1]}, {"run": 1},
     b"", b"cos\nmkdir\n(S'hacked'\ntR."])  # a pickle that runs code
 def test_a_file_that_is_no_checkpoint_is_refused(learned, change):
     if type(change) is dict:
@@ -304,6 +296,7 @@ def test_a_file_that_is_no_checkpoint_is_refused(learned, change):
 @pytest.mark.parametrize("flags, part", [
     ("--rows 0", "--rows is 0"), ("--rows x", "'x'"), ("--alpha -1", "alpha is -1.0"),
     ("--gamma inf", "gamma is inf"), ("--layers 2", "--layers"), ("--n-embd 30", "n_embd is 30"),
+    ("--lr nan", "--lr is nan"), ("--train a.jsonl --val 0", "--val is 0"),
     ("--train x", "--iid"), ("--train none.jsonl --val 0.5", "none.jsonl"),
     ("--device nonsense", "nonsense"), ("--lr 1e30 --steps 100", "lower --lr"),
     ("--train a.jsonl --iid a.jsonl --ood a.jsonl", "no edge")])
