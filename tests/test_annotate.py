@@ -34,6 +34,7 @@ LABEL = ["annotate", "questions.jsonl", "--demos", "demos.jsonl", "--assistant",
          "--out", "out.jsonl"]
 TEXT = "Smoking: 8, Room: 5 é Answer: "
 GOOD = {"High Risk": ["Smoking: 8"]}
+lines = lambda: Path("out.jsonl").read_text().splitlines(keepends=True)
 
 
 def question(mode, *important, text=TEXT):
@@ -42,10 +43,6 @@ def question(mode, *important, text=TEXT):
 
 def write(name, examples):
     Path(name).write_text("".join(map(dump, examples)))
-
-
-def lines():
-    return Path("out.jsonl").read_text().splitlines(keepends=True)
 
 
 @pytest.fixture

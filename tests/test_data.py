@@ -15,6 +15,7 @@ from data import (EDGES, END, STG, STG_H, Example, Feature, Game, adjacency_of,
                   inside_of, narrow_edges, phrases_to_edges, read, token_edges)
 
 RELEASED = os.environ.get("CAT_RELEASED_DATA")
+tokenizer_of = lambda examples: build_tokenizer([e.input + e.target for e in examples] * 2)
 
 
 def parse(example):
@@ -26,10 +27,6 @@ def parse(example):
 def linked(input, target, effect, *causes, spurious=()):
     """An Example with an edge from an effect to each cause."""
     return Example(input, target, ({effect: list(causes)},), tuple(spurious))
-
-
-def tokenizer_of(examples):
-    return build_tokenizer([e.input + e.target for e in examples] * 2)  # each word comes twice
 
 
 @pytest.mark.parametrize("ood", [False, True])

@@ -115,13 +115,12 @@ def test_a_bad_line_names_file_line_and_remedy(tmp_path, line):
         read(path)
 
 
+texts = lambda examples: {example.input for example in examples}
+
+
 def edge_texts(example):
     text = example.input + example.target
     return [(text[slice(*e)], text[slice(*c)]) for e, c in phrases_to_edges(example)[0]]
-
-
-def texts(examples):
-    return {example.input for example in examples}
 
 
 def test_hold_out_breaks_copies_and_keeps_causes_answers_and_edges():

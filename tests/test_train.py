@@ -22,6 +22,7 @@ from data import (END, GAMES, ROLES, Example, Feature, Game, adjacency_of, dump,
 TINY = Game("tiny", causal=(Feature("Smoking", weight=1.0),), irrelevant=(Feature("Room", 1, 999),),
             spurious=(Feature("Fingers", copies="Smoking"),),
             question="Patient. {features} Answer: ", bands=((5.5, "High"), (-math.inf, "Low")))
+files = lambda folder=".": {path.name: path.read_bytes() for path in Path(folder).rglob("*.*")}
 FLAGS = ("--game tiny --rows 64 --n-embd 16 --n-head 2 --batch-size 8 --steps 10 --threads 1 "
          "--device cpu")
 GAMES["tiny"], train.TEST, train.WATCH = TINY, 100, 20  # fewer examples to test and to watch
@@ -56,10 +57,6 @@ def table(out):
                       for line in out[out.index("run  "):].splitlines())
     return {f"{run} {seed}": dict(zip(header[2:], map(float, values)))
             for run, seed, *values in lines}
-
-
-def files(folder="."):
-    return {path.name: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
 
 
 def write(name, examples):
