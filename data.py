@@ -295,6 +295,7 @@ def permute(text, spans, rng):
     return substitute(text, spans, rng.sample([text[a:b] for a, b in spans], len(spans)))
 
 
+# "Name: number" with the unit, whole: the item of `reorder`
 ITEM = re.compile(r"(?:^|(?<=[,;:.?!]\s))([^\W\d_](?:[^,;:.?!]|\.(?=\S))*): " + NUMBER.pattern
                   + r"[\w%]*(?=[,;.]?(?:\s|$))")
 
