@@ -145,7 +145,6 @@ def test_errors_are_one_line_with_the_value_and_the_remedy():
         (lambda: loss(attn, adjacency, math.inf), "alpha is inf: give the ratio to reach"),
         (lambda: loss(attn, adjacency, 2.0, "hing"), "form is 'hing': choose one of hinge"),
         (lambda: loss(attn, adjacency, 2.0, reduction="sum"), "'sum': choose mean or none"),
-        (lambda: gamma_at(0, math.inf, 1), "gamma is inf"),
         (lambda: gamma_at(0, 0.1, math.inf), "decay is inf: give finite numbers of at least 0"),
         (lambda: average_attention((maps, None)), 'attn_implementation="eager"'),
         (lambda: average_attention(((maps, maps), (maps, maps))), "forward pass (not generate)"),
