@@ -10,7 +10,7 @@ FORMS = {  # the penalties of `re_attention_loss`
     "hinge": lambda c, o, n, alpha: alpha - c / o,
     "log": lambda c, o, n, alpha: math.log(alpha) - c.log() + o.log(),
     "each": lambda c, o, n, alpha: math.log(alpha) - c.log() + o.log(),
-    "uniform": lambda c, o, n, _: -(n * c).log(),
+    "uniform": lambda c, o, n, _: -(n * c).log() + 0 * o,  # for NaN
     "div": lambda c, o, *_: -c.log1p() / o.log1p(),
     "div2": lambda c, o, *_: -(c / (1 + o)).log1p(),
     "nll": lambda c, o, *_: -c / (c + o),
@@ -98,7 +98,7 @@ def re_attention_loss(attn, adjacency, alpha=None, form="hinge", mask=None, redu
         raise ValueError(f"reduction is {reduction!r}: choose mean or none")
     attn, causal_keys, other_keys = supervised_attention(attn, adjacency, mask)
     o, n = mean_over(other_keys, attn) + EPS, causal_keys.sum(dim=-1)  # (R,) each
-    if form in KEY_BY_KEY:  # (R, T), then (R, 1); elsewhere 1 will do
+    if form in KEY_BY_KEY:  # (R, T), then (R, 1); 1 elsewhere
         c, o, n = torch.where(causal_keys, attn + EPS, 1.0), o[:, None], n[:, None]
     else:
         c = mean_over(causal_keys, attn) + EPS  # (R,)
