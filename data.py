@@ -143,10 +143,8 @@ def generate(game, n, ood=False, seed=0, exclude=()):
                  for f in game.causal + game.irrelevant}
         for f in game.spurious:
             copy = f.ratio * value[f.copies]
-            if ood:
-                value[f.name] = draw(f, rng)
-            else:
-                value[f.name] = copy + rng.gauss(0, f.noise) if f.noise else math.floor(copy)
+            value[f.name] = (draw(f, rng) if ood else
+                             copy + rng.gauss(0, f.noise) if f.noise else math.floor(copy))
         causal, spurious, irrelevant = groups = [
             [f"{f.name}: {value[f.name]:.{f.decimals}f}{f.unit}" for f in group]
             for group in (game.causal, game.spurious, game.irrelevant)]
@@ -590,9 +588,9 @@ def check(labelled, truth):
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="data.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    add = commands.add_parser("show", help="draw what is understood").add_argument
+    add = commands.add_parser("show", help="print what is understood").add_argument
     add("file")
-    add("--row", type=int, help="line of the example to draw")
+    add("--row", type=int, help="line of the example")
     add = commands.add_parser("generate", help="write examples of a game").add_argument
     add("game", choices=GAMES)
     add("--rows", type=int, default=1600)

@@ -193,13 +193,12 @@ def begin(args, seed, run, data):
              "data": checksum(data), "sizes": sizes}
     state, path = {**begun, "steps_done": 0, "metrics": []}, Path(args.out, f"{run}-{seed}.pt")
     if args.resume and path.exists():
-        saved = load_checkpoint(path, args.device)[-1]
-        if {name: saved[name] for name in begun} != begun:
+        state = load_checkpoint(path, args.device)[-1]
+        if {name: state[name] for name in begun} != begun:
             raise ValueError(f"{path} was begun with other data or threads: give those, "
-                             f"--threads {saved['threads']}, or another --out")
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        state = saved
+                             f"--threads {state['threads']}, or another --out")
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
     return model, optimizer, order[:args.steps * B].split(B), state
 
 
@@ -321,8 +320,7 @@ def ask_model(model, data, args, text):
     before, after = data.question
     typed = next(n for n in range(len(after), -1, -1) if text.endswith(after[:n]))
     text = before + text.removeprefix(before) + after[typed:]
-    tokens = data.tokenizer.encode_ordinary(text)
-    if not tokens:
+    if not (tokens := data.tokenizer.encode_ordinary(text)):
         raise ValueError("--ask is empty: give a question")
     idx = torch.tensor([tokens], device=args.device)
     new = model.generate(idx, 64, data.tokenizer.encode_single_token(END))
@@ -346,8 +344,9 @@ def words(x, y, text, style=""):
 
 
 def attention_svg(tests, data):
-    """The first question that only the last run gets right: for each run of tests, {name: (answers,
-    look)}, its tokens shaded by the attention of the answer, causes bold, spurious ones italic."""
+    """The first question that only the last run gets right, if any: for each run of tests, {name:
+    (answers, look)}, its tokens shaded by the attention of the answer, causes bold, spurious ones
+    italic."""
     hits = zip(*([guess == right for guess, right in answers] for answers, _ in tests.values()))
     n = next((n for n, hit in enumerate(hits) if hit[-1] and not hit[0]), 0)
     tokens, y = data.idx[n, :data.answer[n].int().argmax() + 1].tolist(), 16

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data import Example, dump, main, parse_reply, read
+from data import Example, dump, main, parse_reply
 
 STAND_IN = '''
 import json, os, signal, sys
