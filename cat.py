@@ -6,10 +6,11 @@ import math
 import torch
 
 EPS = 1e-8  # added before attention divides or enters a logarithm: 0 stays finite
+log_hinge = lambda c, o, n, alpha: math.log(alpha) - c.log() + o.log()
 FORMS = {  # the penalties of `re_attention_loss`
     "hinge": lambda c, o, n, alpha: alpha - c / o,
-    "log": lambda c, o, n, alpha: math.log(alpha) - c.log() + o.log(),
-    "each": lambda c, o, n, alpha: math.log(alpha) - c.log() + o.log(),
+    "log": log_hinge,
+    "each": log_hinge,
     "uniform": lambda c, o, n, _: -(n * c).log() + 0 * o,  # for NaN
     "div": lambda c, o, *_: -c.log1p() / o.log1p(),
     "div2": lambda c, o, *_: -(c / (1 + o)).log1p(),
