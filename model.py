@@ -96,9 +96,9 @@ class GPT(nn.Module):
     @torch.no_grad()
     def start_alike(self, numbers):
         """Half of the channels of numbers, {token id: value}, start as sines and cosines of the
-        value: 7 and 8 begin as neighbours, not as strangers. Before the model leaves the CPU."""
-        values = torch.tensor(list(numbers.values()))
-        angles = torch.outer(values, 0.5 ** torch.arange(1, self.config.n_embd // 4 + 1))
+        value: 7 and 8 begin as neighbours, not as strangers."""
+        frequency = 0.5 ** torch.arange(1, self.config.n_embd // 4 + 1)
+        angles = torch.outer(torch.tensor(list(numbers.values())), frequency).to(self.embed.weight)
         waves = math.sqrt(2) * torch.cat((angles.sin(), angles.cos()), dim=1)  # of mean square 1
         self.embed.weight[list(numbers), :waves.shape[1]] = waves
         self.head.weight[list(numbers), :waves.shape[1]] = waves / math.sqrt(self.config.n_embd)
