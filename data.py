@@ -162,11 +162,12 @@ def generate(game, n, ood=False, seed=0, exclude=()):
 
 
 # One value each: 8, -6.9, .5, 1,000, 1/3, 7:50, 0-100, 2024-05-06, 1e-5. None: PM2.5, B12, F-16.
-NUMBER = re.compile(r"(?<!\w)(?<!\d[.,:/–-])(?<![^\W\d_][-–−])"  # not within a word or number
-                    r"(?:(?<![\w%°)])[-−])?\.?\d+(?:[.,:/–-]\d+)*(?:[eE][-+]?\d+)?")
+JOINT = "[.,:/–-]"  # between the digits of one value
+NUMBER = re.compile(rf"(?<!\w)(?<!\d{JOINT})(?<![^\W\d_][-–−])"  # not within a word or number
+                    rf"(?:(?<![\w%°)])[-−])?\.?\d+(?:{JOINT}\d+)*(?:[eE][-+]?\d+)?")
 # a place inside a word ("he" in "the") or a number ("5" in "2.5" or "-5")
 INSIDE = re.compile(r"(?<=\w)(?=\w)|(?<=\W[-−.])(?=\d)"
-                    r"|(?<=\d[.,:/–-])(?=\d)|(?<=\d)(?=[.,:/–-]\d)")
+                    rf"|(?<=\d{JOINT})(?=\d)|(?<=\d)(?={JOINT}\d)")
 QUOTES = str.maketrans("‘’‚′“”„″", "''''" + '""""')
 MANY = 100  # a phrase that stands at more places says nothing about any of them
 compiled = lru_cache(maxsize=10_000)(re.compile)
@@ -293,7 +294,7 @@ def permute(text, spans, rng):
     return substitute(text, spans, rng.sample([text[a:b] for a, b in spans], len(spans)))
 
 
-# "Name: number" with the unit, whole: the item of `reorder`
+# "Name: number" with its unit
 ITEM = re.compile(r"(?:^|(?<=[,;:.?!]\s))([^\W\d_](?:[^,;:.?!]|\.(?=\S))*): " + NUMBER.pattern
                   + r"[\w%]*(?=[,;.]?(?:\s|$))")
 
@@ -481,11 +482,11 @@ def inside_of(data, ix):
 def show(examples, row=None):
     """The edges of the example on line `row` of its file, or of the first that has any, as text.
     ValueError when no example is on that line."""
-    wanted = [e for e in examples
-              if (e.source.endswith(f":{row}") if row else phrases_to_edges(e)[0])]
-    if row and not wanted:
+    example = next((e for e in examples if (
+        e.source.endswith(f":{row}") if row else phrases_to_edges(e)[0])), None)
+    if row and not example:
         raise ValueError(f"--row is {row}: give the line of an example")
-    example = (wanted or examples)[0]
+    example = example or examples[0]
     text = example.input + example.target
     edges = narrow_edges(text, phrases_to_edges(example)[0], (), "value", None)
     return "\n".join([text, *(f"{text[a:b]!r} at {a} should look at {text[c:d]!r} at {c}"

@@ -228,10 +228,10 @@ def train(args, seed, run, data, earlier=()):
             l_next, l_attn = map(mean, zip(*recent))
             line = {"run": run, "seed": seed, "step": step + 1, "loss": l_next, "attn_loss": l_attn,
                     **watch(model, data, batches[step], args)}
-            line = {name: round(x, 4) if type(x) is float else x for name, x in line.items()}
-            print(json.dumps(line), file=sys.stderr)
+            line = json.dumps({k: round(x, 4) if type(x) is float else x for k, x in line.items()})
+            print(line, file=sys.stderr)
             recent, state["steps_done"] = [], step + 1
-            state["metrics"] = state["metrics"] + [json.dumps(line) + "\n"]
+            state["metrics"].append(line + "\n")
             state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             save(Path(args.out, "metrics.jsonl"), "".join([*earlier, *state["metrics"]]).encode())
             torch.save(state, file := io.BytesIO())
@@ -302,13 +302,12 @@ def print_table(results):
     columns, rows = dict.fromkeys(c for result in results for c in result), []
     for run in dict.fromkeys(result["run"] for result in results):
         of_run = [result for result in results if result["run"] == run]
+        shared = [c for c in list(columns)[2:] if all(c in result for result in of_run)]
         rows += of_run
-        for name, f in ("mean", mean), ("stdev", stdev), ("lowest", min):
-            if len(of_run) > 1:
-                rows.append({"run": run, "seed": name})
-                for c in list(columns)[2:]:
-                    if all(c in result for result in of_run):
-                        rows[-1][c] = f([result[c] for result in of_run])
+        if len(of_run) > 1:
+            for name, f in ("mean", mean), ("stdev", stdev), ("lowest", min):
+                rows.append({"run": run, "seed": name,
+                             **{c: f([result[c] for result in of_run]) for c in shared}})
     for row in [dict(zip(columns, columns)), *rows]:
         cells = [(row.get(c, ""), max(8, len(c) + 2)) for c in columns]
         print("".join(f"{x:<{w}.3f}" if type(x) is float else f"{x:<{w}}" for x, w in cells))
