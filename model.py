@@ -90,18 +90,19 @@ class GPT(nn.Module):
             if name.endswith("bias"):
                 nn.init.zeros_(weight)
             elif weight.dim() == 2:  # (fan_out, fan_in)
-                fan_in = 1 if name == "embed.weight" else weight.shape[1]
-                nn.init.normal_(weight, std=1 / math.sqrt(fan_in))
+                nn.init.normal_(weight, std=1 if "embed" in name else weight.shape[1] ** -0.5)
 
     @torch.no_grad()
-    def start_alike(self, numbers):
-        """Half of the channels of numbers, {token id: value}, start as sines and cosines of the
-        value: 7 and 8 begin as neighbours, not as strangers."""
+    def start_alike(self, tokenizer):
+        """Half of the channels of each number of a tiktoken.Encoding start as sines and cosines of
+        its value: 7 and 8 begin as neighbours, not as strangers."""
+        numbers = [piece for piece in tokenizer.token_byte_values() if piece.isdigit()]
+        ids = [tokenizer.encode_single_token(piece) for piece in numbers]
         frequency = 0.5 ** torch.arange(1, self.config.n_embd // 4 + 1)
-        angles = torch.outer(torch.tensor(list(numbers.values())), frequency).to(self.embed.weight)
+        angles = torch.outer(torch.tensor([*map(float, numbers)]), frequency).to(self.embed.weight)
         waves = math.sqrt(2) * torch.cat((angles.sin(), angles.cos()), dim=1)  # of mean square 1
-        self.embed.weight[list(numbers), :waves.shape[1]] = waves
-        self.head.weight[list(numbers), :waves.shape[1]] = waves / math.sqrt(self.config.n_embd)
+        self.embed.weight[ids, :waves.shape[1]] = waves
+        self.head.weight[ids, :waves.shape[1]] = waves / math.sqrt(self.config.n_embd)
 
     def forward(self, idx):
         """idx: (B, T) token ids, T <= block_size. Returns logits (B, T, vocab_size) and a list of
@@ -109,8 +110,7 @@ class GPT(nn.Module):
         T = idx.shape[1]
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens, over block_size {self.config.block_size}: shorten it")
-        x = self.embed(idx)  # (B, T, n_embd)
-        attentions = []
+        x, attentions = self.embed(idx), []  # (B, T, n_embd)
         for block in self.blocks:
             x, attn = block(x, self.cos[:T], self.sin[:T], self.future[:T, :T])
             attentions.append(attn)

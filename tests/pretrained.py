@@ -4,7 +4,7 @@ import torch
 import transformers as hf
 
 from cat import average_attention, re_attention_loss
-from data import narrow_edges, phrases_to_edges, read, token_edges
+from data import narrow, phrases_to_edges, read, token_edges
 
 
 class CATTrainer(hf.Trainer):
@@ -31,7 +31,7 @@ def collate(examples, tokenizer):
     batch["seen"] = torch.nn.functional.pad(batch["attention_mask"][:, 1:], (1, 0))
     batch["adjacency"] = torch.zeros(*offsets.shape[:2], offsets.shape[1])
     for b, example in enumerate(examples):
-        edges = narrow_edges(texts[b], phrases_to_edges(example)[0], (), "value", None)
+        edges = ((e, part) for e, c in phrases_to_edges(example)[0] for part in narrow(texts[b], c))
         for edge in token_edges(edges, offsets[b].tolist()):
             batch["adjacency"][b, *edge] = 1
     return batch
@@ -49,7 +49,7 @@ if __name__ == "__main__":
     for flag, default in ("upper", 10), ("alpha", 100.0), ("gamma", 0.3):
         parser.add_argument(f"--{flag}", type=type(default), default=default)
     args, cat = parser.parse_args_into_dataclasses()
-    train, iid, ood = (read(file)[0] for file in (cat.train, cat.iid, cat.ood))
+    train, iid, ood = map(read, (cat.train, cat.iid, cat.ood))
     path = {"pretrained_model_name_or_path": cat.model, "gguf_file": cat.gguf_file}
     tokenizer = hf.AutoTokenizer.from_pretrained(**path, padding_side="right")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token

@@ -10,9 +10,9 @@ from statistics import correlation, fmean, stdev
 import pytest
 import torch
 
-from data import (EDGES, END, STG, STG_H, Example, Feature, Game, adjacency_of,
-                  build_tokenizer, character_offsets, character_tokens, encode, generate,
-                  inside_of, narrow_edges, phrases_to_edges, read, token_edges)
+from data import (END, STG, STG_H, Example, Feature, Game, adjacency_of, build_tokenizer,
+                  character_offsets, character_tokens, encode, generate, inside_of, mislabel,
+                  narrow, read, token_edges)
 
 RELEASED = os.environ.get("CAT_RELEASED_DATA")
 tokenizer_of = lambda examples: build_tokenizer([e.input + e.target for e in examples] * 2)
@@ -84,7 +84,7 @@ def test_examples_are_repeatable_and_no_two_have_the_same_numbers():
     tiny = Game("tiny", (), (), STG.irrelevant, "{features} Answer: ", ((-math.inf, "yes"),))
     assert len(generate(tiny, 100)) == 100  # 10 x 10 numbers
     for n in 101, 0:
-        with pytest.raises(ValueError, match=f"rows is {n}: give at least 1; tiny has too few"):
+        with pytest.raises(ValueError, match=f"rows is {n}: give 1 or more, .* tiny has"):
             generate(tiny, n)
 
 
@@ -92,13 +92,13 @@ def test_examples_are_repeatable_and_no_two_have_the_same_numbers():
 @pytest.mark.parametrize("game, file", [(STG, "STG/spurious_token_game_train3.jsonl"),
                                         (STG_H, "STG_H/STG_H_train.jsonl")])
 def test_generated_texts_look_like_the_released_ones(game, file):
-    released = read(Path(RELEASED, file))[0][:300]
+    released = read(Path(RELEASED, file))[:300]
     shapes = [[re.sub(r"(?<=: )-?\d+(\.\d+)?", "8", example.input) for example in some]
               for some in (released, generate(game, 300))]
     if game.shuffle:
         shapes = [[sorted(re.findall(r"\w+: 8|[^ ,]+", s)) for s in some] for some in shapes]
     assert shapes[0] == shapes[1] == shapes[0][:1] * 300
-    for example in released if game.scale else ():  # of those of bands, a third breaks the rule
+    for example in released if game is STG_H else ():  # of those of STG, a third breaks the rule
         score = sum(f.weight * parse(example)[f.name] for f in game.causal)
         assert abs(int(game.answer(score)) - int(example.target)) <= 1  # of rounded numbers
 
@@ -154,19 +154,20 @@ def test_edges_for_the_offsets_of_any_tokenizer_are_those_of_the_definition():
         assert token_edges([(effect, cause)] * 2, offsets) == expected  # each pair once, sorted
 
 
-def test_edges_value_span_spurious_and_random():
-    example = linked("City: 7, PM2.5: 40, Score: 8 of -10, Mood: fair, Tax: 3 Answer: ", "12", "12",
-                     "PM2.5: 40", "Score: 8 of -10", "fair", spurious=["Tax: 3", "City: 7"])
-    links, _, spurious, _ = phrases_to_edges(example)
-    chosen = {how: [example.input[slice(*cause)] for _, cause in narrow_edges(
-        example.input + example.target, links, spurious, how, random.Random(0))] for how in EDGES}
-    assert chosen["span"] == ["PM2.5: 40", "Score: 8 of -10", "fair"]
-    assert chosen["value"] == ["40", "8", "-10", "fair"]  # each number, else the phrase
-    assert chosen["spurious"] == ["3", "7"]
-    assert len({*chosen["random"]} & {*re.findall(r"\w+", example.input)}) == 4  # as in value
-    one, two, same = (encode([example], tokenizer_of([example]), "random", seed=seed).edges.tolist()
-                      for seed in (1, 2, 1))
-    assert one == same != two
+def test_values_spans_and_controls():
+    text = "PM2.5: 40, Score: 8 of -10, Mood: fair"
+    parts = lambda phrase, how: [text[slice(*part)] for part in narrow(
+        text, (text.index(phrase), text.index(phrase) + len(phrase)), how)]
+    for phrase, numbers in (("PM2.5: 40", ["40"]), ("Score: 8 of -10", ["8", "-10"]),
+                            ("fair", ["fair"])):  # each number, else the phrase
+        assert parts(phrase, "value") == numbers and parts(phrase, "span") == [phrase]
+    game, rng, chosen = generate(STG, 200), random.Random(0), Counter()
+    for example in game:
+        assert mislabel(example, "spurious", rng).important == ({example.target: example.spurious},)
+        [causes] = mislabel(example, "random", rng).important[0].values()
+        assert len({*causes}) == 3 and all(cause in example.input for cause in causes)
+        chosen.update(cause.split(":")[0] for cause in causes)
+    assert len(chosen) == 8 and max(chosen.values()) < 1.6 * min(chosen.values())
 
 
 def test_the_vocabulary_has_the_numbers_that_occur_and_any_text_comes_back():

@@ -1,5 +1,6 @@
 """The GPT: what attention may see, how it is scored, how weights start, and greedy generation."""
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -63,7 +64,8 @@ def test_initial_weights_keep_a_signal_of_size_one():
     for layer, std in ((model.embed, 1), (model.head, 1 / 8), (model.blocks[0].mlp[2], 1 / 16)):
         assert layer.weight.std().item() == pytest.approx(std, rel=0.05)
     assert not model.blocks[0].mlp[0].bias.any()
-    model.start_alike({3: 7.0, 4: 8.0, 5: 60.0})  # 7 is a neighbour of 8, not of 60
+    ids = {b"7": 3, b"8": 4, b"60": 5, b"x": 6}
+    model.start_alike(SimpleNamespace(token_byte_values=lambda: ids, encode_single_token=ids.get))
     for layer, std in ((model.embed, 1), (model.head, 1 / 8)):
         near, far = F.cosine_similarity(layer.weight[[3, 3], :32], layer.weight[[4, 5], :32])
         assert near > 0.9 > far

@@ -3,29 +3,46 @@ import io
 import json
 import math
 import re
-import subprocess
+import runpy
+import shutil
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
 import torch
 
 import train
-from cat import attention_ratio, gamma_at, re_attention_loss
+from cat import gamma_at, re_attention_loss
 from data import (END, GAMES, ROLES, Example, Feature, Game, adjacency_of, dump, generate,
                   inside_of)
+from model import GPTConfig
 
 TINY = Game("tiny", causal=(Feature("Smoking", weight=1.0),), irrelevant=(Feature("Room", 1, 999),),
             spurious=(Feature("Fingers", copies="Smoking"),),
             question="Patient. {features} Answer: ", bands=((5.5, "High"), (-math.inf, "Low")))
 files = lambda folder=".": {path.name: path.read_bytes() for path in Path(folder).rglob("*.*")}
-FLAGS = ("--game tiny --rows 64 --n-embd 16 --n-head 2 --batch-size 8 --steps 10 --threads 1 "
-         "--device cpu")
+FLAGS = "--game tiny --rows 64 --batch-size 8 --steps 10 --threads 1 --device cpu"
 GAMES["tiny"], train.TEST, train.WATCH = TINY, 100, 20  # fewer examples to test and to watch
+
+
+@dataclass(frozen=True)
+class Small(GPTConfig):
+    n_head: int = 2
+    n_embd: int = 32
+
+
+@dataclass(frozen=True)
+class Deep(Small):
+    n_layer: int = 3
+
+
+train.GPTConfig = Small
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +54,7 @@ def own_folder(monkeypatch, tmp_path):
 def learned(tmp_path_factory):
     """The folder of a training of both runs that learned the game, and what it printed."""
     folder = tmp_path_factory.mktemp("learned")
-    return folder, *run("--rows 512 --n-embd 32 --steps 160 --batch-size 16 --out", folder)[:2]
+    return folder, *run("--rows 512 --steps 160 --batch-size 16 --out", folder)[:2]
 
 
 def run(flags="", *words):
@@ -48,6 +65,9 @@ def run(flags="", *words):
             train.main([*FLAGS.split(), *flags.split(), *map(str, words)])
         except SystemExit as stop:
             code = stop.code
+        except (ValueError, OSError) as error:
+            print(error, file=err)
+            code = 2
     return out.getvalue(), err.getvalue().splitlines(), code
 
 
@@ -70,26 +90,24 @@ def write_files():
     return "--train train.jsonl --iid iid.jsonl --ood ood.jsonl "
 
 
-@pytest.mark.parametrize("flags, next_terms, causes, inside", [
-    ("", "all answer", [1], [0]), ("--loss all", "all", [1], [0]),
-    ("--loss answer", "answer", [1], [0]), ("--open-path", "all answer", [1], []),
-    ("--layers 0 1", "all answer", [0, 1], [0]),
-    ("--layers 2 --n-layer 3 --form log", "all answer", [2], [0, 1])])
-def test_losses(flags, next_terms, causes, inside):
+@pytest.mark.parametrize("flags, causes, inside", [
+    ("", [1], [0]), ("--open-path", [1], []), ("--layers 0 1", [0, 1], [0]),
+    ("--layers 2 --form log", [2], [0, 1])])
+def test_losses(flags, causes, inside, monkeypatch):
+    monkeypatch.setattr(train, "GPTConfig", Deep if causes == [2] else Small)
     args, ix = train.parse_args([*FLAGS.split(), *flags.split()]), torch.arange(9)
-    data = train.load_data(args, 1)
-    part, (model, *_) = data["iid"], train.begin(args, 1, "cat", data)
-    seven, eight = (model.embed.weight[part.tokenizer.encode_single_token(n)][:8] for n in "78")
+    data, *_ = train.load_data(args, 1)
+    model, *_ = train.start(args, 1, "cat", data, Path("new"))
+    seven, eight = (model.embed.weight[data.tokenizer.encode_single_token(n)][:16] for n in "78")
     assert torch.cosine_similarity(seven, eight, dim=0) > 0.9  # numbers start alike
-    l_next, l_attn = train.losses(model, part, ix, args)
-    logits, attentions = model(part.idx[ix])
-    targets, maps = part.targets[ix], torch.stack(attentions).mean(dim=2)  # over heads
+    l_next, l_attn = train.losses(model, data, ix, args)
+    logits, attentions = model(data.idx[ix])
+    targets, maps = data.targets[ix], torch.stack(attentions).mean(dim=2)  # over heads
     costs = -logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]  # (B, T)
-    terms = {"all": costs[targets >= 0].mean(), "answer": costs[part.answer[ix]].mean()}
-    assert torch.isclose(l_next, sum(map(terms.get, next_terms.split())))
+    assert torch.isclose(l_next, costs[targets >= 0].mean() + costs[data.answer[ix]].mean())
     expected = [re_attention_loss(maps[layers].mean(dim=0), adjacency, args.alpha, args.form)
-                for layers, adjacency in ((causes, adjacency_of(part, ix)),
-                                          (inside, inside_of(part, ix))) if layers]
+                for layers, adjacency in ((causes, adjacency_of(data, ix)),
+                                          (inside, inside_of(data, ix))) if layers]
     assert torch.isclose(l_attn, sum(expected))
 
 
@@ -119,7 +137,7 @@ def test_a_step_follows_the_gradient_of_the_whole_loss_alone(monkeypatch):
     assert [rates[0], rates[5], rates[20]] == pytest.approx([0.01, 0.00905, 0.00095], rel=0.01)
     assert with_cat[:2] == [order, rates]
     assert weights[0] == with_cat[2][0] and weights[1] != with_cat[2][1]
-    assert last["loss"] == pytest.approx(mean(with_cat[3][23:]), abs=1e-3)  # since the line before
+    assert last["loss"] == pytest.approx(with_cat[3][-1], abs=1e-3)
 
 
 def test_cat_holds_out_of_distribution(learned):
@@ -129,21 +147,27 @@ def test_cat_holds_out_of_distribution(learned):
     assert [(line["run"], line["step"]) for line in lines] == [
         (name, step) for name in ("no-cat", "cat") for step in range(16, 161, 16)]
     without, first, with_cat = lines[9], lines[10], lines[19]
-    assert {"loss", "iid", "ood"} < set(first) and with_cat["ratio"] > 20 > 5 > without["ratio"] > 0
+    assert {"loss", "iid", "ood"} < set(first) and with_cat["causal"] > 0.8 > without["causal"] > 0
     assert 0 < with_cat["attn_loss"] < first["attn_loss"] / 2 < without["attn_loss"]
     without, with_cat = (table(out)[name] for name in ("no-cat 1", "cat 1"))
     assert min(with_cat["iid"], with_cat["ood"]) > 0.9 and without["iid"] > without["ood"] + 0.1
     assert with_cat["changed"] < 0.1 < without["changed"] and with_cat["causal"] > 0.8
+    dots = [dot for dot in ElementTree.parse(folder / "curves.svg").getroot()
+            if dot.text in ("○", "●")]
+    assert len(dots) == 40 and sum(dot.text == "●" for dot in dots) == 20
+    last = {dot.get("fill"): int(dot.get("y")) for dot in dots if dot.text == "●"}
+    assert last["#0072b2"] < last["#d55e00"]  # with CAT it stands higher
 
 
 def test_the_table_counts_greedy_answers_and_attention_by_role():
     result = table(run("--runs no-cat --steps 80 --lr 0.02")[0])["no-cat 1"]
-    model, args, _ = train.load_checkpoint("out/no-cat-1.pt", "cpu")
-    data, answers, expected = train.load_data(args, 1), {}, {}
-    tokenizer = data["train"].tokenizer
+    _, args = train.load_checkpoint("out/no-cat-1.pt")
+    data, _, tested = train.load_data(args, 1)
+    model, *_ = train.start(args, 1, "no-cat", data, Path("out/no-cat-1.pt"))
+    tokenizer, answers, expected = data.tokenizer, {}, {}
     for split in ("iid", "redrawn", "ood"):
         answers[split], hits, looks = [], [], []
-        for ids, at, role in zip(data[split].idx, data[split].answer, data[split].role):
+        for ids, at, role in zip(tested[split].idx, tested[split].answer, tested[split].role):
             prompt = ids[None, :at.nonzero()[0, 0] + 1]  # its last query predicts the answer
             answer = model.generate(prompt, 64, tokenizer.encode_single_token(END))
             answers[split].append(answer := tokenizer.decode(answer))
@@ -155,17 +179,19 @@ def test_the_table_counts_greedy_answers_and_attention_by_role():
     del expected["redrawn"]
     expected["changed"] = mean(a != b for a, b in zip(answers["ood"], answers["redrawn"]))
     expected |= dict(zip(ROLES, map(mean, zip(*looks))))  # of "ood", the last
+    assert expected["changed"] > 0
     assert {name: result[name] for name in expected} == pytest.approx(expected, abs=1e-3)
-    attn = train.read_out(model(data["train"].idx[:9])[1], args)
-    causal, other = attention_ratio(attn, adjacency_of(data["train"], ix := torch.arange(9)))
-    ratio = causal.mean().item() / other.mean().item()  # not the mean of ratios
-    assert train.watch(model, data, ix, args)["ratio"] == pytest.approx(ratio)
 
 
-def test_scores_and_the_rows_of_several_seeds_by_hand(capsys):
-    answers = [("7", "7"), ("8", "7"), ("High", "7"), ("9", "4")]  # (guess, right)
-    assert train.score("ood", answers) == {"ood": 1 / 4, "ood constant": 3 / 4, "ood +-1": 2 / 4,
-                                           "ood error": (0 + 1 + 5) / 3}
+def test_scores_and_the_rows_of_several_seeds_by_hand(monkeypatch, capsys):
+    answers, other = [[("7", "7"), ("8", "7"), ("High", "7"), ("9", "4")],  # (guess, right)
+                      [("7", "7"), ("7", "7"), ("High", "7"), ("8", "4")]]
+    monkeypatch.setattr(train, "evaluate", lambda _, data, args: (data.answers, torch.ones(4, 2)))
+    ood, redrawn = (SimpleNamespace(answers=some, role=torch.tensor([[0, 1], [0, 0]] * 2))
+                    for some in (answers, other))
+    scores, *_ = train.test(None, {"ood": ood, "redrawn": redrawn}, None)
+    assert scores == {"ood": 1 / 4, "ood constant": 3 / 4, "changed": 2 / 4, "other": 1.5,
+                      "causal": 0.5}
     train.print_table([{"run": run, "seed": seed, "ood": ood} for run, seed, ood in (
         ("no-cat", 1, 0.5), ("cat", 1, 0.9), ("cat", 2, 0.7))])
     assert " ".join(capsys.readouterr().out.split()) == (
@@ -173,16 +199,16 @@ def test_scores_and_the_rows_of_several_seeds_by_hand(capsys):
         "cat mean 0.800 cat stdev 0.141 cat lowest 0.700")
 
 
-def test_the_attention_picture_is_of_a_question_that_only_cat_gets_right(learned):
+def test_the_attention_picture_shades_what_the_answer_looks_at(learned):
     parts = list(ElementTree.parse(learned[0] / "attention.svg").getroot())
     captions = [part.text for part in parts if " right is " in (part.text or "")]
     words = [(text.text, text.keys(), float(rect.get("fill-opacity")))
              for rect, text in pairwise(parts) if rect.get("fill-opacity")]
     words = words[len(words) // 2:]  # those of the run with CAT
     question = "".join(text for text, *_ in words)
+    assert question == generate(TINY, 120, True, 1, generate(TINY, 632, seed=1))[0].input
     cause, copy = (re.search(rf"{name}: (\d+)", question)[1] for name in ("Smoking", "Fingers"))
-    right, wrong = sorted(("High", "Low"), key=lambda answer: answer != TINY.answer(int(cause)))
-    assert captions == [f"no-cat: {wrong}, right is {right}", f"cat: {right}, right is {right}"]
+    assert captions[1] == "cat: {0}, right is {0}".format(TINY.answer(int(cause)))
     shades = {text: shade for text, _, shade in words}
     assert shades.pop(cause) == 1 > 0.5 > max(shades.values())
     for number, style in (cause, "font-weight"), (copy, "font-style"):
@@ -190,25 +216,22 @@ def test_the_attention_picture_is_of_a_question_that_only_cat_gets_right(learned
 
 
 def test_no_test_example_is_looked_at_while_training():
-    Path("out").mkdir()
     for flags in "", write_files():
         args = train.parse_args([*FLAGS.split(), *flags.split()])
-        data = train.load_data(args, 1)
-        tested = [data.pop(split) for split in ("iid", "ood", "redrawn")]
-        train.train(args, 1, "cat", data)  # does not miss them
-        T = data["train"].idx.shape[1]  # others may be padded to more
+        data, watched, tested = train.load_data(args, 1)
+        T = data.idx.shape[1]  # others may be padded to more
         known, tested = ({tuple(ids[:T]) for part in some for ids in part.idx.tolist()}
-                         for some in (data.values(), tested[:2]))
+                         for some in ((data, *watched.values()), (tested["iid"], tested["ood"])))
         assert len(known) >= 64 and len(tested) > 100 and not known & tested
 
 
-def test_own_files_show_roles_and_without_numbers_no_ood():
+def test_own_files_show_roles_and_without_spurious_phrases_no_ood():
     flags = "--runs cat " + write_files()
-    out, err, _ = run(flags + "--seed 1 2 1")
+    out, err, _ = run(flags + "--seed 1 2")
     results = table(out)
-    assert len(err) == 20 and results["cat 1"] != results["cat 2"]
+    assert len(err) == 20 and results["cat 1"] != results["cat 2"] and "train" in json.loads(err[0])
     assert min(map(results["cat mean"].get, ROLES)) > 0 and "changed" in results["cat 1"]
-    orders = train.load_data(train.parse_args(f"{flags} --orders 3".split()), 1)["train"].idx
+    orders = train.load_data(train.parse_args(f"{flags} --orders 3".split()), 1)[0].idx
     assert len(orders) == 3 * 64 and len(orders.unique(dim=0)) > 100
     write("words", [Example(f"A {cause} {n * '<very> & '}day. It is ", effect, ({effect: [cause]},))
                     for cause, effect in (("sunny", "good"), ("rainy", "bad")) for n in range(12)])
@@ -218,83 +241,77 @@ def test_own_files_show_roles_and_without_numbers_no_ood():
         assert len(ElementTree.parse(f"{file}/attention.svg").getroot()) > 20
 
 
+@pytest.mark.parametrize("how, causes", [
+    ("spurious", "Fingers"), ("random", "Room Smoking Fingers")])
+def test_controls_have_wrong_causes_in_training_only(how, causes):
+    args = train.parse_args([*FLAGS.split(), "--edges", how])
+    data, watched, tested = train.load_data(args, 1)
+    for part, expected in (data, causes), (tested["iid"], "Smoking"):
+        keys = [part.idx[n, :key].tolist() for n, edges in enumerate(part.edges.tolist())
+                for _, key in edges[:1]]
+        named = {part.tokenizer.decode(ids).split()[-1].strip(":") for ids in keys}
+        assert named == {*expected.split()}
+
+
 def test_eval_prints_the_same_results_and_ask_answers(learned):
     folder, out, _ = learned
     again = run("--eval", folder / "cat-1.pt")[0].splitlines()
-    assert len(again) == 2 and set(again) <= set(out.splitlines())
-    text = "Room: 1, Fingers: 5, Smoking: 2"
-    asked = {run("--ask", folder / "cat-1.pt", before + text + after)[0]
-             for before in ("", "Patient. ") for after in ("", " Answer:", " Answer: ")}
-    assert len(asked) == 1  # what all questions begin and end with need not be typed
+    assert len(again) == 2 and {*again} <= {*out.splitlines()}
+    text = "Patient. Room: 1, Fingers: 5, Smoking: 2 Answer: "
+    asked = {run("--ask", folder / "cat-1.pt", text[:end])[0] for end in (None, -1)}
+    assert len(asked) == 1  # with the blanks at the end of training
     shown, answer = asked.pop().splitlines()
     assert answer == "Low" and int(re.search(r"Smoking: 2\[(\d+)%\]", shown)[1]) > 50
-    assert re.sub(r"\[\d+%\]", "", shown) == f"Patient. {text} Answer: "
-    run("--runs cat --steps 1")
-    assert "(no training target)" in run("--ask out/cat-1.pt", text)[0]
+    assert re.sub(r"\[\d+%\]", "", shown) == text
 
 
 def test_killed_at_a_save_and_resumed_is_the_unbroken_run(monkeypatch):
-    def save(path, content):
+    def replace(source, path):
         saved.append(path)
         if len(saved) == nth:
             raise OSError("killed")
-        real(path, content)
+        real(source, path)
 
-    (out, err, _), whole, real = run(), files(), train.save
-    for nth in (2, 9, 20, 25, 41):  # of the files written: metrics, a checkpoint, ... the pictures
+    (out, err, _), whole, real = run(), files(), train.os.replace
+    for nth in 1, 2, 10, 15:  # of the checkpoints written
         saved = []
+        shutil.rmtree("out")
         with monkeypatch.context() as patch:
-            patch.setattr(train, "save", save)
-            assert run()[1:] == ([*err[:(nth + 1) // 2], "train.py: killed"], 2)
-        assert run("--resume") == (out, err[(nth - 1) // 2:], 0)
+            patch.setattr(train.os, "replace", replace)
+            assert run()[1:] == ([*err[:nth], "killed"], 2)
+        assert run("--resume") == (out, err[nth - 1:], 0)
         assert files() == whole and len(whole) == 5
 
 
-def test_a_folder_holds_the_runs_of_one_command(monkeypatch):
+def test_a_folder_holds_the_runs_of_one_command():
     run(flags := "--runs cat " + write_files())
-    state = torch.load("out/cat-1.pt")
-    for other, part in (("--resume --lr 0.1", flags.strip()), ("--resume", "--threads 2, or"),
-                        ("--runs no-cat", "cat-1.pt is of another command"),
-                        ("--resume", "begun with other data")):
-        if part == "begun with other data":  # all flags are the same, but not the file
+    for other, part in (("", "out holds runs: go on"), ("--resume --lr 0.1", f"flags, {FLAGS}"),
+                        ("--resume", "is of other data")):
+        if other == "--resume":  # all flags are the same, but not the file
             write("train", generate(TINY, 64, seed=4))
-            train.load.cache_clear()
-        torch.save(state | {"threads": 1 + part.count("threads")}, "out/cat-1.pt")
         before = files("out")
         _, err, code = run(flags + other)
-        assert code == 2 and len(err) == 1 and part in err[0] and files("out") == before
-    assert "training data have changed" in run("--eval out/cat-1.pt")[1][0]
-    monkeypatch.setattr(train, "train", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        run()
-    assert not files("out")  # a fresh start takes away what it will write, before the first step
-
-
-def test_ctrl_c_is_one_line_during_the_imports_too():
-    Path("torch.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
-    stopped = subprocess.run([sys.executable, train.__file__], env={"PYTHONPATH": "."}, text=True,
-                             capture_output=True, timeout=60)
-    assert stopped.stderr == "train.py: interrupted: go on with --resume\n"
+        assert code == 2 and part in err[-1] and files("out") == before
+    assert "is of other data" in run("--eval out/cat-1.pt")[1][-1]
 
 
 @pytest.mark.parametrize("change", [
-    {"argv": ["--steps", 5]}, {"argv": 7}, {"steps_done": 161}, {"steps_done": 1.5},
-    {"sizes": [9]}, {"model": {}}, {"optimizer": {}}, {"metrics": [3]}, {"seed": [1]}, {"run": 1},
-    b"", b"cos\nmkdir\n(S'hacked'\ntR."])  # a pickle that runs code
+    {"argv": ["--steps", 5]}, {"argv": 7}, {"argv": ["--nonsense"]}, b"",
+    b"cos\nmkdir\n(S'hacked'\ntR."])  # a pickle that runs code
 def test_a_file_that_is_no_checkpoint_is_refused(learned, change):
     if type(change) is dict:
         torch.save(torch.load(learned[0] / "cat-1.pt") | change, "x.pt")
     else:
         Path("x.pt").write_bytes(change)
     out, err, code = run("--ask x.pt", "Smoking: 3")
-    assert (out, code, len(err)) == ("", 2, 1) and err[0].startswith("train.py: x.pt: no")
+    assert (out, code) == ("", 2) and err[-1].startswith("x.pt: no checkpoint of train.py")
     assert not Path("hacked").exists()
 
 
 @pytest.mark.parametrize("flags, part", [
     ("--rows 0", "--rows is 0"), ("--rows x", "'x'"), ("--alpha -1", "alpha is -1.0"),
-    ("--gamma inf", "gamma is inf"), ("--layers 2", "--layers"), ("--n-embd 30", "n_embd is 30"),
-    ("--lr nan", "--lr is nan"), ("--train a.jsonl --val 0", "--val is 0"),
+    ("--gamma inf", "gamma is inf"), ("--layers 2", "--layers"), ("--lr -1", "-1.0"),
+    ("--batch-size 0", "batch-size is 0"), ("--train a.jsonl --val 0", "--val is 0"),
     ("--train x", "--iid"), ("--train none.jsonl --val 0.5", "none.jsonl"),
     ("--device nonsense", "nonsense"), ("--lr 1e30 --steps 100", "lower --lr"),
     ("--train a.jsonl --iid a.jsonl --ood a.jsonl", "no edge")])
@@ -304,5 +321,20 @@ def test_bad_flags_are_one_line_and_change_nothing(flags, part):
     Path("out/curves.svg").write_text("of an earlier run")
     before = files()
     _, err, code = run("--runs cat " + flags)
-    assert code == 2 and len(err) == 1 and err[0].startswith("train.py: ") and part in err[0]
-    assert files() == before or part == "lower --lr"  # the loss explodes only after training began
+    assert code == 2 and part in err[-1] and (len(err) == 1 or part == "lower --lr")
+    assert files() == before or part == "lower --lr"  # it explodes only after training began
+
+
+@pytest.mark.parametrize("flags, line", [
+    ("--val 3", r"train\.py: error: give --train .* none of them"),
+    ("--eval none.pt", r"train\.py: none\.pt: no checkpoint of train\.py: give one of out/\*\.pt"),
+    ("", r"train\.py: interrupted: go on with --resume")])
+def test_errors_and_ctrl_c_are_one_line(flags, line, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags.split()])
+    monkeypatch.setattr("data.generate", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(train.__file__, run_name="__main__")
+    assert stop.value.code == 2 and re.fullmatch(line + "\n", capsys.readouterr().err)
