@@ -18,11 +18,11 @@ from data import (EDGES, END, GAMES, ROLES, adjacency_of, build_tokenizer, chara
                   generate, hold_out, inside_of, mislabel, read, redraw, reorder)
 from model import GPT, GPTConfig
 
-TEST, WATCH = 1000, 200  # examples of a game to test on, and to watch while training
+TEST, WATCH = 1000, 200  # examples of a game to test on, to watch while training
 
 
 def parse_args(argv):
-    """The flags; argv itself is kept for checkpoints."""
+    """The flags, and argv itself."""
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
@@ -31,16 +31,16 @@ def parse_args(argv):
     add("--rows", type=int, default=8000, help="to train on")
     for split in "train", "iid", "ood":
         add(f"--{split}", help="JSON Lines")
-    add("--val", type=float, help="share of it to test on")
+    add("--val", type=float, help="share to test on")
     add("--orders", type=int, default=1, help='of "Name: number" items')
     add("--edges", choices=EDGES, default="value", help="what to look at")
     add("--steps", type=int, help="those of the game; 1200 for a file")
-    add("--batch-size", type=int, default=16, help="examples in a step")
-    add("--lr", type=float, default=4e-3, help="falls to 0 as a cosine")
+    add("--batch-size", type=int, default=16, help="examples a step")
+    add("--lr", type=float, default=4e-3, help="falls to 0")
     add("--form", choices=FORMS, default="each", help="of L_attn")
-    add("--alpha", type=float, default=1000.0, help="attention ratio to reach")
+    add("--alpha", type=float, default=1000.0, help="ratio to reach")
     add("--gamma", type=float, default=0.3, help="weight of L_attn")
-    add("--decay", type=float, default=0.0, help="gamma falls to exp(-decay) of that")
+    add("--decay", type=float, default=0.0, help="gamma falls by exp(-decay)")
     add("--layers", type=int, nargs="+", default=[-1], help="that look at the causes")
     add("--open-path", action="store_true", help="leave the layers below alone")
     add("--seed", type=int, nargs="+", default=[1], help="of data and weights")
@@ -48,8 +48,8 @@ def parse_args(argv):
         default="cuda" if torch.cuda.is_available() else "cpu")
     add("--threads", type=int, default=2, help="of a CPU")
     add("--out", default="out", help="folder")
-    add("--resume", action="store_true", help="go on with the same command's --out")
-    add("--eval", metavar="CHECKPOINT", help="test it again")
+    add("--resume", action="store_true", help="go on in --out")
+    add("--eval", metavar="CHECKPOINT", help="test again")
     add("--ask", nargs=2, metavar=("CHECKPOINT", "TEXT"), help="answer a question")
     args = parser.parse_args(argv)
     args.argv = [word for word in argv if word != "--resume"]
@@ -58,7 +58,7 @@ def parse_args(argv):
     for flag in "rows", "steps", "batch_size", "threads":
         if vars(args)[flag] < 1:
             parser.error(f"--{flag.replace('_', '-')} is {vars(args)[flag]}: give at least 1")
-    given = [flag for flag in ("train", "iid", "ood", "val") if vars(args)[flag] is not None]
+    given = [flag for flag in ("train", "iid", "ood", "val") if vars(args)[flag]]
     if given not in ([], ["train", "iid", "ood"], ["train", "val"]):
         parser.error("give --train --iid --ood, --train --val, or none of them")
     n = GPTConfig.n_layer
@@ -68,8 +68,8 @@ def parse_args(argv):
 
 
 def load_data(args, seed):
-    """(train, watched, tested): a Dataset, and {split: Dataset} twice; no part of a test set is
-    watched; "redrawn" is ood with other spurious phrases."""
+    """(train, watched, tested): a Dataset and {split: Dataset} twice; no part of a test set is
+    watched. "redrawn": ood with other spurious phrases."""
     rng = random.Random(seed)
     if args.train is None:
         game, n = GAMES[args.game], TEST + WATCH
@@ -117,8 +117,8 @@ def losses(model, data, ix, args):
 
 @torch.no_grad()
 def evaluate(model, data, args):
-    """N pairs (guess, right) of answers, each token guessed after the right ones, so that they are
-    equal just when the greedy answer is right; and (N, T), the attention that the answer pays."""
+    """N pairs (guess, right) of answers, each token guessed after the right ones: equal just when
+    the greedy answer is right; and (N, T), the attention that the answer pays."""
     answers, look = [], []
     for ix in torch.arange(len(data.idx)).split(64):
         logits, attentions = model(data.idx[ix])
@@ -141,7 +141,7 @@ def test(model, splits, args):
         scores[f"{split} constant"] = often / len(answers)
     if redrawn:
         scores["changed"] = mean(a != b for (a, _), (b, _) in zip(answers, redrawn[0]))
-    role = splits[split].role.cpu()  # (N, T); a test file without labels has none
+    role = splits[split].role.cpu()  # (N, T), 0 without labels
     for i in role.unique().tolist() if role.any() else ():
         scores[ROLES[i]] = (look * (role == i)).sum(dim=1).mean().item()
     return scores, answers, look
@@ -174,7 +174,7 @@ def start(args, seed, run, data, path):
         state, _ = load_checkpoint(path)
         if not begun.items() <= state.items():
             raise ValueError(f"{path} is of other data or flags, {' '.join(state['argv'])}: give "
-                             "them, or another --out")
+                             "these, or another --out")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
     return model, optimizer, order.split(B), state
@@ -208,7 +208,7 @@ def train(args, seed, run, data, watched):
             state |= {"steps_done": step + 1, "model": model.state_dict(),
                       "optimizer": optimizer.state_dict()}
             torch.save(state, f"{path}.tmp")
-            os.replace(f"{path}.tmp", path)  # so that the file is always whole
+            os.replace(f"{path}.tmp", path)  # whole at any moment
     return model, state["metrics"]
 
 
@@ -216,7 +216,7 @@ def print_table(results):
     """Prints results, {column: value}, and those of several seeds of a run as one."""
     columns = [c for c in results[0] if all(c in r for r in results)]
     rows = [dict(zip(columns, columns)), *results]
-    for run in dict.fromkeys(r["run"] for r in results):
+    for run in {r["run"]: 0 for r in results}:
         of_run = [r for r in results if r["run"] == run]
         for name, f in (("mean", mean), ("stdev", stdev), ("lowest", min)) * (len(of_run) > 1):
             values = {c: f([r[c] for r in of_run]) for c in columns[2:]}
@@ -230,7 +230,7 @@ def ask_model(model, data, args, text):
     """Prints a question, with the attention of its answer from 5% a token on, and the answer."""
     tokenizer = data.tokenizer
     end = tokenizer.decode([data.idx[0, data.answer[0].int().argmax()].item()])
-    text = text.rstrip() + end[len(end.rstrip()):]  # blanks at the end as in training
+    text = text.rstrip() + end[len(end.rstrip()):]  # blanks as in training
     tokens = tokenizer.encode_ordinary(text)
     idx = torch.tensor([tokens], device=args.device)
     look = read_out(model(idx)[1], args)[0, -1]  # (T,)
@@ -251,27 +251,30 @@ def words(x, y, text, style=""):
 
 
 def attention_svg(shown, data):
-    """The first question, shaded by what its answer looks at; shown: {run: (answers, look)}."""
-    tokens, y = data.idx[0, :data.answer[0].int().argmax() + 1].tolist(), 0
+    """The first question whose answers differ, or else the first, shaded by what its answer looks
+    at; shown: {run: (answers, look)}."""
+    pairs = zip(*(answers for answers, _ in shown.values()))
+    n = next((n for n, pair in enumerate(pairs) if pair[0] != pair[-1]), 0)
+    tokens, y = data.idx[n, :data.answer[n].int().argmax() + 1].tolist(), 0
     parts = [words(20, 24, "shade: attention of the answer; bold: causes; italic: spurious")]
     for run, (answers, look) in shown.items():
         x, y = 20, y + 70
-        parts.append(words(20, y - 24, "{}: {}, right is {}".format(run, *answers[0])))
+        parts.append(words(20, y - 24, "{}: {}, right is {}".format(run, *answers[n])))
         for piece, positions in character_tokens(data.tokenizer, tokens):
-            shade = min(1, 3 * look[0, positions].sum().item())
-            style = ("", 'font-weight="bold"', 'font-style="italic"')[data.role[0, positions[0]]]
+            shade = min(1, 3 * look[n, positions].sum().item())
+            style = ("", 'font-weight="bold"', 'font-style="italic"')[data.role[n, positions[0]]]
             parts += [f'<rect x="{x}" y="{y - 14}" width="{8 * len(piece)}" height="19" '
-                      f'fill="#ffa600" fill-opacity="{shade:.2f}"/>', words(x, y, piece, style)]
+                      f'fill="orange" fill-opacity="{shade:.2f}"/>', words(x, y, piece, style)]
             x, y = (x + 8 * len(piece), y) if x < 680 else (20, y + 24)
     return svg(y + 24, parts)
 
 
 def curves_svg(metrics):
     """Accuracy, 0 to 1, on what is watched while training."""
-    parts = [words(20, 340, "accuracy; blue: with CAT, orange: without; full: OOD")]
+    parts = [words(0, 24, "1"), words(0, 324, "0"), words(20, 340, "blue: CAT, full: OOD")]
     for line in metrics:
-        style = 'fill="#0072b2"' if line["run"] == "cat" else 'fill="#d55e00"'
-        for split, dot in ("train", "○"), ("iid", "○"), ("ood", "●"):
+        style = 'fill="blue"' if line["run"] == "cat" else 'fill="orange"'
+        for split, dot in zip(("train", "iid", "ood"), "○○●"):
             if split in line:
                 x, y = 780 * line["step"] // metrics[-1]["step"], 320 - round(300 * line[split])
                 parts.append(words(x, y, dot, style))
