@@ -270,7 +270,7 @@ def attention_svg(shown, data):
 
 
 def curves_svg(metrics):
-    """Accuracy, 0 to 1, on what is watched while training."""
+    """Accuracy on what is watched while training."""
     parts = [words(0, 24, "1"), words(0, 324, "0"), words(20, 340, "blue: CAT, full: OOD")]
     for line in metrics:
         style = 'fill="blue"' if line["run"] == "cat" else 'fill="orange"'
