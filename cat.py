@@ -11,7 +11,7 @@ FORMS = {  # the penalties of `re_attention_loss`
     "hinge": lambda c, o, n, alpha: alpha - c / o,
     "log": log_hinge,
     "each": log_hinge,
-    "uniform": lambda c, o, n, _: -(n * c).log() + 0 * o,  # for NaN
+    "uniform": lambda c, o, n, _: -(n * c).log() + 0 * o,  # o's NaN
     "div": lambda c, o, *_: -c.log1p() / o.log1p(),
     "div2": lambda c, o, *_: -(c / (1 + o)).log1p(),
     "nll": lambda c, o, *_: -c / (c + o),
@@ -87,7 +87,7 @@ def re_attention_loss(attn, adjacency, alpha=None, form="hinge", mask=None, redu
         nll      -c / (c + o)
 
     A mean is content with one key: c is the same whether n keys share the attention or one has it
-    all, and nothing pulls at the rest. Only `each` and `uniform` ask for every key.
+    all, and nothing favours the rest. Only `each` and `uniform` ask for every key.
     Returns a scalar, 0 with zero gradient when no query counts; with reduction="none" the
     (R,) penalties. NaN at keys that count shows, elsewhere it changes nothing.
     Raises ValueError for a wrong alpha, form or reduction, and as `attention_ratio`."""
@@ -99,7 +99,7 @@ def re_attention_loss(attn, adjacency, alpha=None, form="hinge", mask=None, redu
         raise ValueError(f"reduction is {reduction!r}: choose mean or none")
     attn, causal_keys, other_keys = supervised_attention(attn, adjacency, mask)
     o, n = mean_over(other_keys, attn) + EPS, causal_keys.sum(dim=-1)  # (R,) each
-    if form in KEY_BY_KEY:  # (R, T), then (R, 1); 1 elsewhere
+    if form in KEY_BY_KEY:  # c: (R, T), 1 off causal keys
         c, o, n = torch.where(causal_keys, attn + EPS, 1.0), o[:, None], n[:, None]
     else:
         c = mean_over(causal_keys, attn) + EPS  # (R,)
