@@ -18,10 +18,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-ROLES = ("other", "causal", "spurious")  # of a token, stored as the index here
+ROLES = ("other", "causal", "spurious")  # of a token
 EDGES = ("value", "span", "spurious", "random")  # see `narrow`, `mislabel`
 END = "<|endoftext|>"  # closes every answer
-REPLY_SECONDS = 300  # for an assistant
 
 
 @dataclass(frozen=True)
@@ -160,8 +159,8 @@ QUOTES = str.maketrans("‘’‚′“”„″", "''''" + '""""')
 
 
 def find(text, phrase, notes, target=math.inf):
-    """The spans of a phrase, in any white space and quotes: whole, or else inside words; in the
-    target, which starts there, or else anywhere; as written, or else in any case."""
+    """The spans where a phrase fits best, in any white space and quotes: whole, then from where the
+    target starts, then as written. Adds to notes."""
     text = text.translate(QUOTES)
     words = normalize("NFC", phrase).translate(QUOTES).split()
     fits = defaultdict(list)  # {how well: spans}
@@ -170,7 +169,7 @@ def find(text, phrase, notes, target=math.inf):
         whole = (a == target or not INSIDE.match(text, a)) and not INSIDE.match(text, b)
         fits[whole, a >= target, match[0].split() == words].append((a, b))
     best = max(fits, default=None)
-    if not 0 < len(fits[best]) <= 100:  # too many
+    if not 0 < len(fits[best]) <= 100:  # none, or too many
         notes.append(("not found", phrase))
         return []
     if not best[0]:
@@ -199,7 +198,7 @@ def phrases_to_edges(example):
 
 
 def as_lists(pairs):
-    """A JSON object with a list under each key, where values of equal keys add up."""
+    """A JSON object with a list under each key; values of equal keys add up."""
     fields = defaultdict(list)
     for key, value in pairs:
         fields[key] += value if isinstance(value, list) else [value]
@@ -270,42 +269,49 @@ def hold_out(examples, share, seed):
     return train, {"iid": iid, "ood": ood}
 
 
+def moved(example, **fields):
+    """The example with other fields; as it is when that loses an edge or role."""
+    other = replace(example, **fields)
+    counts = lambda example: [*map(len, phrases_to_edges(example)[:3])]
+    return other if counts(other) == counts(example) else example
+
+
 def redraw(examples, seed):
     """The examples with the spurious phrases of a random one in the places of their own; [] when
     none has any."""
     rng, redrawn = random.Random(seed), []
     for example in examples:
-        text, others = example.input, rng.choice(examples).spurious
-        for phrase, other in zip(example.spurious, others):
-            for a, b in reversed(find(text, phrase, [])):
-                text = text[:a] + other + text[b:]
-        redrawn.append(replace(example, input=text, spurious=others))
+        text, old = example.input, example.spurious
+        new = rng.choice([e.spurious for e in examples if len(e.spurious) == len(old)])
+        places = {span: b for a, b in zip(old, new) for span in find(text, a, [])}
+        for (start, end), phrase in sorted(places.items(), reverse=True):
+            text = text[:start] + phrase + text[end:]
+        redrawn.append(moved(example, input=text, spurious=new))
     return redrawn if any(example.spurious for example in examples) else []
 
 
 def reorder(example, rng):
-    """The example with its "Name: number" items in another order; as it is when that loses an edge
-    or role, words stand between items, or two have one name."""
+    """The example with its "Name: number" items in another order; as it is when words stand between
+    them or two have one name; see `moved`."""
     text, items = example.input, list(ITEM.finditer(example.input))
     between = "".join(text[a.end():b.start()] for a, b in pairwise(items))
     if len({item[1].lower() for item in items}) < len(items) or re.search(r"\w", between):
         return example
     others = iter(rng.sample([item[0] for item in items], len(items)))
-    moved = replace(example, input=ITEM.sub(lambda _: next(others), text))
-    before, after = ([*map(len, phrases_to_edges(e)[:3])] for e in (example, moved))
-    return moved if before == after else example
+    return moved(example, input=ITEM.sub(lambda _: next(others), text))
 
 
 def mislabel(example, how, rng):
-    """A control: the "spurious" phrases, or as many "random" items, called causes."""
+    """A control: the "spurious" phrases, or three "random" items, are called causes."""
     phrases = example.spurious
     if how == "random":
-        phrases = rng.sample([item[0] for item in ITEM.finditer(example.input)], len(phrases))
+        items = [item[0] for item in ITEM.finditer(example.input)]
+        phrases = rng.sample(items, min(3, len(items)))
     return replace(example, important=({example.target: phrases},))
 
 
 # ": " is one token, so that a prompt that ends in a blank is cut where training cut it
-PATTERN = r"\d{1,3}| ?[^\W\d_]+|[^\w\s]+\s*|\s+|\w"
+PATTERN = r"\d{1,3}| ?[^\s\d!-/:-@\[-`{-~]+|[!-/:-@\[-`{-~]+\s*|\s+"
 
 
 def build_tokenizer(texts):
@@ -358,7 +364,7 @@ class Dataset:
     targets: torch.Tensor  # (N, T) the next token, -100 where there is none
     answer: torch.Tensor  # (N, T) bool: predicts a token of the answer or END
     role: torch.Tensor  # (N, T) index into ROLES
-    item: torch.Tensor  # (N, T) where the item of a cause or effect token starts; else no token
+    item: torch.Tensor  # (N, T) where the item of a cause or effect starts, else no token
     edges: torch.Tensor  # (N, E, 2) query and key of each edge, T where there is none
 
 
@@ -376,7 +382,7 @@ def encode(examples, tokenizer, edges="value", device="cpu"):
         answer, role, item = [t >= len(prompt) - 1 for t in range(T)], [0] * T, [T] * T
         links, causal, spurious, _ = phrases_to_edges(example)
         for r, spans in (2, spurious), (1, causal):  # what is called both is causal
-            for part in (part for span in spans for part in narrow(text, span, edges)):
+            for part in sum((narrow(text, span, edges) for span in spans), []):
                 for t in overlapping(part, offsets):
                     role[t] = r
         links = [(effect, part) for effect, cause in links for part in narrow(text, cause, edges)]
@@ -400,7 +406,7 @@ def adjacency_of(data, ix):
     query, key = data.edges[ix].unbind(-1)  # (B, E) each
     adjacency = torch.zeros(B, T + 1, T + 1, dtype=torch.bool, device=query.device)
     adjacency[torch.arange(B)[:, None], query, key] = True
-    return adjacency[:, :T, :T]  # without what fills up
+    return adjacency[:, :T, :T]
 
 
 def inside_of(data, ix):
@@ -421,7 +427,7 @@ def show(file, row):
 
 
 def write(game, rows, ood, seed, out):
-    """Writes examples of a game; with --ood spurious features do not copy."""
+    """Writes a file of examples."""
     examples = generate(GAMES[game], rows, ood, seed)
     with open(out, "w", encoding="utf-8") as file:
         file.writelines(map(dump, examples))
@@ -464,7 +470,7 @@ def annotate(questions, demos, assistant, out):
     for example in tqdm([e for e in examples if (e.input, e.target) not in done], disable=None):
         question = prompt + dump(Example(example.input, example.target))
         try:
-            reply = subprocess.run(command, input=question, timeout=REPLY_SECONDS, check=True,
+            reply = subprocess.run(command, input=question, timeout=300, check=True,
                                    capture_output=True, encoding="utf-8").stdout
             line = dump(parse_reply(reply, example))
         except (ValueError, AttributeError, RecursionError, subprocess.SubprocessError) as error:
@@ -486,7 +492,7 @@ def check(file, against):
                           for part in (true - mine, mine - true))
         tp, fp, fn = tp + len(true & mine), fp + len(extra), fn + len(missing)
         compared.append((-len(missing + extra), f"{e.source}: missing {missing}, too many {extra}"))
-    print(f"{len(compared)} of {len(labelled)} examples are in both; edges: "
+    print(f"{len(compared)} of {len(labelled)} compared; edges: "
           f"precision {tp / max(tp + fp, 1):.3f}, recall {tp / max(tp + fn, 1):.3f}, "
           f"F1 {2 * tp / max(2 * tp + fp + fn, 1):.3f}")
     print(*(text for _, text in sorted(compared)[:3]), sep="\n")
@@ -495,21 +501,21 @@ def check(file, against):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="run", required=True)
-    add = commands.add_parser("show", description=show.__doc__).add_argument
+    add = commands.add_parser("show").add_argument
     add("file")
     add("--row", type=int, default=1)
-    add = commands.add_parser("generate", description=write.__doc__).add_argument
+    add = commands.add_parser("generate").add_argument
     add("game", choices=GAMES)
     add("--rows", type=int, default=1600)
     add("--ood", action="store_true")
     add("--seed", type=int, default=0)
     add("--out", required=True)
-    add = commands.add_parser("annotate", description=annotate.__doc__).add_argument
+    add = commands.add_parser("annotate").add_argument
     add("questions")
     add("--demos", required=True)
     add("--assistant", required=True)
     add("--out", required=True)
-    add = commands.add_parser("check", description=check.__doc__).add_argument
+    add = commands.add_parser("check").add_argument
     add("file")
     add("--against", required=True)
     args = vars(parser.parse_args(argv))

@@ -18,7 +18,7 @@ from data import (EDGES, END, GAMES, ROLES, adjacency_of, build_tokenizer, chara
                   generate, hold_out, inside_of, mislabel, read, redraw, reorder)
 from model import GPT, GPTConfig
 
-TEST, WATCH = 1000, 200  # examples of a game to test on, to watch while training
+TEST, WATCH = 1000, 200  # examples of a game to test on, and to watch
 
 
 def parse_args(argv):
@@ -26,7 +26,7 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--runs", nargs="+", choices=["no-cat", "cat"], default=["no-cat", "cat"], help="to do")
+    add("--runs", nargs="+", choices=["no-cat", "cat"], default=["no-cat", "cat"])
     add("--game", choices=GAMES, default="STG", help="to generate")
     add("--rows", type=int, default=8000, help="to train on")
     for split in "train", "iid", "ood":
@@ -44,13 +44,14 @@ def parse_args(argv):
     add("--layers", type=int, nargs="+", default=[-1], help="that look at the causes")
     add("--open-path", action="store_true", help="leave the layers below alone")
     add("--seed", type=int, nargs="+", default=[1], help="of data and weights")
-    add("--device", choices=["cpu", "cuda", "mps"], help="to use",
-        default="cuda" if torch.cuda.is_available() else "cpu")
+    devices = ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    devices += ["cuda"] * torch.cuda.is_available()
+    add("--device", choices=devices, default=devices[-1])
     add("--threads", type=int, default=2, help="of a CPU")
     add("--out", default="out", help="folder")
     add("--resume", action="store_true", help="go on in --out")
-    add("--eval", metavar="CHECKPOINT", help="test again")
-    add("--ask", nargs=2, metavar=("CHECKPOINT", "TEXT"), help="answer a question")
+    add("--eval", metavar="CHECKPOINT")
+    add("--ask", nargs=2, metavar=("CHECKPOINT", "TEXT"))
     args = parser.parse_args(argv)
     args.argv = [word for word in argv if word != "--resume"]
     if args.steps is None:
@@ -58,7 +59,7 @@ def parse_args(argv):
     for flag in "rows", "steps", "batch_size", "threads":
         if vars(args)[flag] < 1:
             parser.error(f"--{flag.replace('_', '-')} is {vars(args)[flag]}: give at least 1")
-    given = [flag for flag in ("train", "iid", "ood", "val") if vars(args)[flag]]
+    given = [flag for flag in ("train", "iid", "ood", "val") if vars(args)[flag] is not None]
     if given not in ([], ["train", "iid", "ood"], ["train", "val"]):
         parser.error("give --train --iid --ood, --train --val, or none of them")
     n = GPTConfig.n_layer
@@ -68,8 +69,8 @@ def parse_args(argv):
 
 
 def load_data(args, seed):
-    """(train, watched, tested): a Dataset and {split: Dataset} twice; no part of a test set is
-    watched. "redrawn": ood with other spurious phrases."""
+    """(train, watched, tested): a Dataset and {split: Dataset} twice; only --val watches what it
+    tests. "redrawn": ood with other spurious phrases."""
     rng = random.Random(seed)
     if args.train is None:
         game, n = GAMES[args.game], TEST + WATCH
@@ -131,12 +132,12 @@ def evaluate(model, data, args):
 
 
 def test(model, splits, args):
-    """({column: value}, answers, look), the latter of ood. "constant": the most frequent answer;
+    """({column: value}, answers, look), the latter two of ood. "constant": the commonest answer;
     "changed": share of answers that change with the spurious phrases."""
     found, scores = {split: evaluate(model, data, args) for split, data in splits.items()}, {}
     redrawn = found.pop("redrawn", None)
     for split, (answers, look) in found.items():
-        _, often = Counter(right for _, right in answers).most_common(1)[0]
+        often = max(Counter(right for _, right in answers).values())
         scores[split] = mean(guess == right for guess, right in answers)
         scores[f"{split} constant"] = often / len(answers)
     if redrawn:
@@ -160,21 +161,19 @@ def start(args, seed, run, data, path):
     """(model, optimizer, batches, state) of a run, at its checkpoint if there is one; batches: the
     examples of each step. ValueError when it was begun otherwise."""
     torch.manual_seed(seed)  # of weights and order, the same without and with CAT
-    tokenizer, T = data.tokenizer, 2 * data.idx.shape[1]  # other texts may be longer
-    model = GPT(GPTConfig(tokenizer.n_vocab, T))
-    model.start_alike(tokenizer)
+    model = GPT(GPTConfig(data.tokenizer.n_vocab, block_size=2048))
+    model.start_alike(data.tokenizer)
     optimizer = torch.optim.AdamW(model.to(args.device).parameters(), args.lr)
     # Going on ends as an unbroken run would, since nothing random happens in a step: the order of
     # the examples follows from the seed; weights, optimiser and step stand in the checkpoint.
     n, B = len(data.idx), args.batch_size
     order = torch.cat([torch.randperm(n) for _ in range(args.steps * B // n + 1)])
-    begun = {"argv": args.argv, "data": data.idx.sum().item()}
-    state = {**begun, "run": run, "seed": seed, "steps_done": 0, "metrics": []}
+    state = {"argv": args.argv, "run": run, "seed": seed, "steps_done": 0, "metrics": [],
+             "data": [x.cumsum(0).sum().item() for x in (data.idx, data.edges)]}
     if path.exists():
-        state, _ = load_checkpoint(path)
-        if not begun.items() <= state.items():
-            raise ValueError(f"{path} is of other data or flags, {' '.join(state['argv'])}: give "
-                             "these, or another --out")
+        begun, (state, _) = state, load_checkpoint(path)
+        if begun["data"] != state["data"]:
+            raise ValueError(f"{path} is of other data: bring them back, or give another --out")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
     return model, optimizer, order.split(B), state
@@ -208,7 +207,7 @@ def train(args, seed, run, data, watched):
             state |= {"steps_done": step + 1, "model": model.state_dict(),
                       "optimizer": optimizer.state_dict()}
             torch.save(state, f"{path}.tmp")
-            os.replace(f"{path}.tmp", path)  # whole at any moment
+            os.replace(f"{path}.tmp", path)
     return model, state["metrics"]
 
 
@@ -251,7 +250,7 @@ def words(x, y, text, style=""):
 
 
 def attention_svg(shown, data):
-    """The first question whose answers differ, or else the first, shaded by what its answer looks
+    """The first question whose answers differ, or the first, shaded by what its answer looks
     at; shown: {run: (answers, look)}."""
     pairs = zip(*(answers for answers, _ in shown.values()))
     n = next((n for n, pair in enumerate(pairs) if pair[0] != pair[-1]), 0)
@@ -294,8 +293,11 @@ def main(argv):
             return ask_model(model, data, saved, args.ask[1])
         return print_table([{"run": run, "seed": seed, **test(model, tested, saved)[0]}])
     out, results, metrics = Path(args.out), [], []
-    if not args.resume and any(out.glob("*.pt")):
-        raise ValueError(f"{out} holds runs: go on with --resume, or give another --out")
+    for path in out.glob("*.pt"):
+        flags = load_checkpoint(path)[0]["argv"]
+        if not args.resume or flags != args.argv:
+            raise ValueError(f"{path} is there, of flags {' '.join(flags)}: give these and "
+                             "--resume, or another --out")
     for seed in args.seed:
         data, watched, tested = load_data(args, seed)
         if "cat" in args.runs and not data.edges.numel():
@@ -317,6 +319,6 @@ def main(argv):
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (ValueError, OSError, AssertionError, KeyboardInterrupt) as error:
+    except (ValueError, OSError, KeyboardInterrupt) as error:
         print(f"train.py: {str(error) or 'interrupted: go on with --resume'}", file=sys.stderr)
         sys.exit(2)

@@ -2,6 +2,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -104,7 +105,8 @@ def test_what_has_no_usable_reply_is_counted_and_asked_again(run):
 
 
 def test_a_command_that_is_not_done_in_time_is_no_answer(run, monkeypatch):
-    monkeypatch.setattr("data.REPLY_SECONDS", 0.3)
+    real = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda *words, **k: real(*words, **k | {"timeout": 0.3}))
     write("questions.jsonl", [question("blocks")])
     assert "1 without a usable reply" in (out := run(*LABEL)[1]) and "0.3 seconds" in out
     assert lines() == []
@@ -157,7 +159,7 @@ def test_check_gives_the_scores_and_the_phrases_that_differ(run):
     code, out, err = run("check", "labelled.jsonl", "--against", "truth.jsonl")
     # over 1 of 2 labelled and 1 true, none 0 of 0 and 1, under 2 of 2 and 3, same 1 of 1 and 1
     assert code == 0 and err == "" and out.splitlines()[2:] == [
-        f"4 of 5 examples are in both; edges: precision {4 / 5:.3f}, recall {4 / 6:.3f}, "
+        f"4 of 5 compared; edges: precision {4 / 5:.3f}, recall {4 / 6:.3f}, "
         f"F1 {8 / 11:.3f}", "labelled.jsonl:1: missing [], too many ['5']",
         "labelled.jsonl:2: missing ['8'], too many []",
         "labelled.jsonl:5: missing ['5'], too many []"]

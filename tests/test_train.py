@@ -285,10 +285,12 @@ def test_killed_at_a_save_and_resumed_is_the_unbroken_run(monkeypatch):
 
 def test_a_folder_holds_the_runs_of_one_command():
     run(flags := "--runs cat " + write_files())
-    for other, part in (("", "out holds runs: go on"), ("--resume --lr 0.1", f"flags, {FLAGS}"),
-                        ("--resume", "is of other data")):
-        if other == "--resume":  # all flags are the same, but not the file
-            write("train", generate(TINY, 64, seed=4))
+    kept = Path("train.jsonl").read_text().splitlines(keepends=True)
+    for other, lines, part in (
+            ("", kept, "and --resume, or another --out"), ("--resume --seed 2", kept, FLAGS),
+            ("--resume", kept[::-1], "is of other data"),
+            ("--resume", [kept[0].replace("Smoking", "Room", 2), *kept[1:]], "is of other data")):
+        Path("train.jsonl").write_text("".join(lines))
         before = files("out")
         _, err, code = run(flags + other)
         assert code == 2 and part in err[-1] and files("out") == before
