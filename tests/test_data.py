@@ -162,6 +162,8 @@ def test_values_spans_and_controls():
                             ("fair", ["fair"])):  # each number, else the phrase
         assert parts(phrase, "value") == numbers and parts(phrase, "span") == [phrase]
     game, rng, chosen = generate(STG, 200), random.Random(0), Counter()
+    n_edges = [encode(game, tokenizer_of(game), how).edges.shape[1] for how in ("value", "span")]
+    assert n_edges == [3 * 2, 3 * 3 * 2]  # three numbers, or name, colon and number
     for example in game:
         assert mislabel(example, "spurious", rng).important == ({example.target: example.spurious},)
         [causes] = mislabel(example, "random", rng).important[0].values()

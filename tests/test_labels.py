@@ -59,7 +59,7 @@ RISK = "Weight: 4, Smoking: 8, high risk? Answer: ", "High Risk"
     (RISK, [{"Smoking": ["Weight", "high risk"]}, {"No": ["Weight"]}],
      [("Smoking", 11, "Weight", 0)], [("late", "high risk"), ("not found", "No")]),
     (("5 and 5 Answer: ", "5"), [{"5": ["5", "5"]}], [("5", 16, "5", 0), ("5", 16, "5", 6)], []),
-    (("It is", "positive"), [{"positive": ["It"]}], [("positive", 5, "It", 0)], []),
+    (("It is:", "positive"), [{"positive": ["is:"]}], [("positive", 6, "is:", 3)], []),
     (("Room: 3 Answer: ", "32"), [{"Answer: 32": ["3"]}], [("Answer: 32", 8, "3", 6)], []),
     # a cause that overlaps its effect is none
     (("a b c ", "d"), [{"b c": ["a b", "a"]}], [("b c", 2, "a", 0)], [("late", "a b")]),
@@ -139,6 +139,7 @@ def test_hold_out_splits_no_twins_and_changes_spurious_phrases_alone():
         assert STG.answer(1.2 * smoking + 0.7 * weight - exercise) == example.target
     words = [Example(f"word{'x' * n} ", "y", ({"y": ["word"]},)) for n in range(9)]
     assert hold_out(words, 0.3, 0)[1]["ood"] == []  # no OOD that is IID's twin
+    assert hold_out(words, 0.3, 0) != hold_out(words, 0.3, 1)
     for share in (0, 1, 0.99, math.inf, math.nan):
         with pytest.raises(ValueError, match=f"--val is {share}: give"):
             hold_out(words, share, 0)
@@ -148,7 +149,7 @@ def test_hold_out_splits_no_twins_and_changes_spurious_phrases_alone():
 def test_redrawn_and_reordered_examples_keep_causes_answers_and_names(game):
     names = lambda example: [phrase.split(":")[0] for phrase in example.spurious]
     examples, changed, rng, orders = generate(game, 60, seed=3), 0, random.Random(0), set()
-    for before, after in zip(examples, redraw(examples, 1), strict=True):
+    for before, after in zip(examples, redrawn := redraw(examples, 1), strict=True):
         assert edge_texts(before) == edge_texts(after) != [] and before.target == after.target
         assert after.spurious in [e.spurious for e in examples] and names(before) == names(after)
         assert all(phrase in after.input for phrase in after.spurious)
@@ -159,6 +160,7 @@ def test_redrawn_and_reordered_examples_keep_causes_answers_and_names(game):
         orders.add(tuple(other.input.index(f"{f.name}: ") < other.input.index(f"{g.name}: ")
                          for f in game.causal for g in game.causal))
     assert changed > 50 and len(orders) > 5
+    assert len({e.spurious for e in redrawn}) > 20 and redrawn != redraw(examples, 2)
 
 
 def test_reorder_leaves_an_example_alone_that_would_change_its_meaning():

@@ -7,7 +7,7 @@ import runpy
 import shutil
 import sys
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import make_dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean
@@ -25,23 +25,15 @@ from model import GPTConfig
 
 TINY = Game("tiny", causal=(Feature("Smoking", weight=1.0),), irrelevant=(Feature("Room", 1, 999),),
             spurious=(Feature("Fingers", copies="Smoking"),),
-            question="Patient. {features} Answer: ", bands=((5.5, "High"), (-math.inf, "Low")))
+            bands=((5.5, "Risk High"), (-math.inf, "Risk Low")),
+            question="Patient. {features} Answer: ")
 files = lambda folder=".": {path.name: path.read_bytes() for path in Path(folder).rglob("*.*")}
 FLAGS = "--game tiny --rows 64 --batch-size 8 --steps 10 --threads 1 --device cpu"
 GAMES["tiny"], train.TEST, train.WATCH = TINY, 100, 20  # fewer examples to test and to watch
 
 
-@dataclass(frozen=True)
-class Small(GPTConfig):
-    n_head: int = 2
-    n_embd: int = 32
-
-
-@dataclass(frozen=True)
-class Deep(Small):
-    n_layer: int = 3
-
-
+Small, Deep = (make_dataclass("Sizes", [("n_layer", int, n), ("n_head", int, 2), (
+    "n_embd", int, 32)], bases=(GPTConfig,), frozen=True) for n in (2, 3))
 train.GPTConfig = Small
 
 
@@ -193,10 +185,10 @@ def test_scores_and_the_rows_of_several_seeds_by_hand(monkeypatch, capsys):
     assert scores == {"ood": 1 / 4, "ood constant": 3 / 4, "changed": 2 / 4, "other": 1.5,
                       "causal": 0.5}
     train.print_table([{"run": run, "seed": seed, "ood": ood} for run, seed, ood in (
-        ("no-cat", 1, 0.5), ("cat", 1, 0.9), ("cat", 2, 0.7))])
+        ("no-cat", 1, 0.5), ("cat", 1, 0.9), ("cat", 2, 0.8), ("cat", 3, 0.7))])
     assert " ".join(capsys.readouterr().out.split()) == (
-        "run seed ood no-cat 1 0.500 cat 1 0.900 cat 2 0.700 "
-        "cat mean 0.800 cat stdev 0.141 cat lowest 0.700")
+        "run seed ood no-cat 1 0.500 cat 1 0.900 cat 2 0.800 cat 3 0.700 "
+        "cat mean 0.800 cat stdev 0.100 cat lowest 0.700")
 
 
 def test_the_attention_picture_is_of_a_question_whose_answers_differ(learned):
@@ -207,7 +199,7 @@ def test_the_attention_picture_is_of_a_question_whose_answers_differ(learned):
     words = words[len(words) // 2:]  # those of the run with CAT
     question = "".join(text for text, *_ in words)
     cause, copy = (re.search(rf"{name}: (\d+)", question)[1] for name in ("Smoking", "Fingers"))
-    right, wrong = sorted(("High", "Low"), key=lambda answer: answer != TINY.answer(int(cause)))
+    right, wrong = sorted(("Risk High", "Risk Low"), key=lambda a: a != TINY.answer(int(cause)))
     assert captions == [f"no-cat: {wrong}, right is {right}", f"cat: {right}, right is {right}"]
     shades = {text: shade for text, _, shade in words}
     assert shades.pop(cause) == 1 > 0.5 > max(shades.values())
@@ -219,6 +211,9 @@ def test_no_test_example_is_looked_at_while_training():
     for flags in "", write_files():
         args = train.parse_args([*FLAGS.split(), *flags.split()])
         data, watched, tested = train.load_data(args, 1)
+        if flags:
+            first = data.tokenizer.decode(tested["ood"].idx[0].tolist())
+            assert first.split(" Answer")[0] in Path("ood.jsonl").read_text()
         T = data.idx.shape[1]  # others may be padded to more
         known, tested = ({tuple(ids[:T]) for part in some for ids in part.idx.tolist()}
                          for some in ((data, *watched.values()), (tested["iid"], tested["ood"])))
@@ -231,8 +226,10 @@ def test_own_files_show_roles_and_without_spurious_phrases_no_ood():
     results = table(out)
     assert len(err) == 20 and results["cat 1"] != results["cat 2"] and "train" in json.loads(err[0])
     assert min(map(results["cat mean"].get, ROLES)) > 0 and "changed" in results["cat 1"]
-    orders = train.load_data(train.parse_args(f"{flags} --orders 3".split()), 1)[0].idx
-    assert len(orders) == 3 * 64 and len(orders.unique(dim=0)) > 100
+    assert run("--eval out/cat-2.pt")[0].splitlines()[-1] in out.splitlines()
+    orders, again = (train.load_data(train.parse_args(f"{flags} --orders 3".split()), 1)[0].idx
+                     for _ in range(2))
+    assert len(orders) == 3 * 64 and len(orders.unique(dim=0)) > 100 and orders.equal(again)
     write("words", [Example(f"A {cause} {n * '<very> & '}day. It is ", effect, ({effect: [cause]},))
                     for cause, effect in (("sunny", "good"), ("rainy", "bad")) for n in range(12)])
     for file, ood in ("train", True), ("words", False):
@@ -261,7 +258,7 @@ def test_eval_prints_the_same_results_and_ask_answers(learned):
     asked = {run("--ask", folder / "cat-1.pt", text[:end])[0] for end in (None, -1)}
     assert len(asked) == 1  # with the blanks at the end of training
     shown, answer = asked.pop().splitlines()
-    assert answer == "Low" and int(re.search(r"Smoking: 2\[(\d+)%\]", shown)[1]) > 50
+    assert answer == "Risk Low" and int(re.search(r"Smoking: 2\[(\d+)%\]", shown)[1]) > 50
     assert re.sub(r"\[\d+%\]", "", shown) == text
 
 
@@ -325,6 +322,7 @@ def test_bad_flags_are_one_line_and_change_nothing(flags, part):
     _, err, code = run("--runs cat " + flags)
     assert code == 2 and part in err[-1] and (len(err) == 1 or part == "lower --lr")
     assert files() == before or part == "lower --lr"  # it explodes only after training began
+    assert part != "no edge" or run("--runs no-cat " + flags)[2] == 0
 
 
 @pytest.mark.parametrize("flags, line", [
