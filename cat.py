@@ -30,7 +30,7 @@ def average_attention(attentions):
     for attn in attentions:
         if attn.shape != (B, attn.shape[1], T, T):
             raise ValueError(f"attn {tuple(attn.shape)}: must be (B, H, T, T), B and T equal")
-    # sum / H, not mean: its backward divides a (B, T, T)
+    # not mean(dim=1), whose backward is slower
     return sum(widen(a).sum(dim=1) / (a.shape[1] * len(attentions)) for a in attentions)
 
 
@@ -82,8 +82,8 @@ def re_attention_loss(attn, adjacency, alpha=None, form="hinge", mask=None, redu
         log      max(log alpha - log(c / o), 0)       here: no slope 1 / o that explodes
         each     mean_j max(log alpha - log(a_j / o), 0)     here: log, key by key
         uniform  mean_j -log(n a_j)                   guided attention; alpha is not used
-        div      -log(1 + c) / log(1 + o)             released code; these three are
-        div2     -log(1 + c / (1 + o))                0 where c / o >= alpha
+        div      -log(1 + c) / log(1 + o)             released code; these three are 0
+        div2     -log(1 + c / (1 + o))                where c / o >= alpha
         nll      -c / (c + o)
 
     A mean is content with one key: c is the same whether n keys share the attention or one has it
@@ -120,7 +120,7 @@ def gamma_at(epoch, gamma0, decay):
 
 
 def supervised_attention(attn, adjacency, mask):
-    """(R, T) each: the rows of attn that count, their causal keys and their other keys."""
+    """(R, T) each: attn of the queries that count, their causal and their other keys."""
     if attn.shape != adjacency.shape:
         raise ValueError(f"attn {tuple(attn.shape)} is not as adjacency {tuple(adjacency.shape)}")
     b, i, causal_keys, other_keys = supervised_queries(adjacency, mask)

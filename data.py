@@ -235,7 +235,7 @@ def read(path):
             unused[what].append(f"{phrase!r} in {example.source}")
     print(f"{path}: {len(examples)} examples; {sum(map(bool, edges))} with edges; "
           f"{sum(map(bool, causal))} with edges at the answer",
-          *(f"{len(found)} phrases {what}, such as {found[0]}" for what, found in unused.items()),
+          *(f"{len(where)} phrases {what}, such as {where[0]}" for what, where in unused.items()),
           sep="; ")
     return examples
 
@@ -372,26 +372,26 @@ class Dataset:
 BEFORE_ITEM = re.compile(rf"(?s)(?:.*(?:[,;.?!]\s|\n|{NUMBER.pattern})\s*)?")
 
 
-def encode(examples, tokenizer, edges="value", device="cpu"):
-    """Examples to a Dataset. edges: as `how` of `narrow`."""
+def encode(examples, tokenizer, how="value", device="cpu"):
+    """Examples to a Dataset. how: see `narrow`."""
     end, encoded = tokenizer.encode_single_token(END), []
     for example in examples:
         text, prompt = example.input + example.target, tokenizer.encode_ordinary(example.input)
         tokens = prompt + tokenizer.encode_ordinary(example.target)  # apart, as when asked
         offsets, T = character_offsets(tokenizer, tokens), len(tokens)
         answer, role, item = [t >= len(prompt) - 1 for t in range(T)], [0] * T, [T] * T
-        links, causal, spurious, _ = phrases_to_edges(example)
+        edges, causal, spurious, _ = phrases_to_edges(example)
         for r, spans in (2, spurious), (1, causal):  # what is called both is causal
-            for part in sum((narrow(text, span, edges) for span in spans), []):
+            for part in sum((narrow(text, span, how) for span in spans), []):
                 for t in overlapping(part, offsets):
                     role[t] = r
-        links = [(effect, part) for effect, cause in links for part in narrow(text, cause, edges)]
-        for span in {span for link in links for span in link}:
+        edges = [(effect, part) for effect, cause in edges for part in narrow(text, cause, how)]
+        for span in {span for edge in edges for span in edge}:
             start = BEFORE_ITEM.match(text, 0, span[0]).end()
             inside = overlapping((start, span[1]), offsets)
             for t in inside:
                 item[t] = min(item[t], inside[0])
-        pairs = torch.tensor(token_edges(links, offsets), dtype=torch.long).view(-1, 2)
+        pairs = torch.tensor(token_edges(edges, offsets), dtype=torch.long).view(-1, 2)
         columns = tokens, tokens[1:] + [end], answer, role, item
         encoded.append((*map(torch.tensor, columns), pairs))
     T = max(len(tokens) for tokens, *_ in encoded)
@@ -426,7 +426,7 @@ def show(file, row):
                 print(f"{text[a:b]!r} at {a} should look at {text[c:d]!r} at {c}")
 
 
-def write(game, rows, ood, seed, out):
+def save(game, rows, ood, seed, out):
     """Writes a file of examples."""
     examples = generate(GAMES[game], rows, ood, seed)
     with open(out, "w", encoding="utf-8") as file:
@@ -484,13 +484,13 @@ def annotate(questions, demos, assistant, out):
 def check(file, against):
     """Prints how well labels have the edges of true ones, and the worst examples."""
     edges = lambda example: {*phrases_to_edges(example)[0]}
-    labelled, gold = read(file), {(e.input, e.target): edges(e) for e in read(against)}
+    labelled, truth = read(file), {(e.input, e.target): edges(e) for e in read(against)}
     compared, tp, fp, fn = [], 0, 0, 0
-    for e in (e for e in labelled if (e.input, e.target) in gold):
-        mine, true = edges(e), gold[e.input, e.target]
+    for e in (e for e in labelled if (e.input, e.target) in truth):
+        predicted, gold = edges(e), truth[e.input, e.target]
         missing, extra = ([(e.input + e.target)[slice(*cause)] for _, cause in sorted(part)]
-                          for part in (true - mine, mine - true))
-        tp, fp, fn = tp + len(true & mine), fp + len(extra), fn + len(missing)
+                          for part in (gold - predicted, predicted - gold))
+        tp, fp, fn = tp + len(gold & predicted), fp + len(extra), fn + len(missing)
         compared.append((-len(missing + extra), f"{e.source}: missing {missing}, too many {extra}"))
     print(f"{len(compared)} of {len(labelled)} compared; edges: "
           f"precision {tp / max(tp + fp, 1):.3f}, recall {tp / max(tp + fn, 1):.3f}, "
@@ -519,7 +519,7 @@ def main(argv=None):
     add("file")
     add("--against", required=True)
     args = vars(parser.parse_args(argv))
-    run = {"show": show, "generate": write, "annotate": annotate, "check": check}[args.pop("run")]
+    run = {"show": show, "generate": save, "annotate": annotate, "check": check}[args.pop("run")]
     try:
         run(**args)
     except (ValueError, OSError, KeyboardInterrupt) as error:

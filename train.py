@@ -22,7 +22,7 @@ TEST, WATCH = 1000, 200  # examples of a game to test on, and to watch
 
 
 def parse_args(argv):
-    """The flags, and argv itself."""
+    """The flags, and argv."""
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
@@ -104,13 +104,13 @@ def losses(model, data, ix, args):
     logits, attentions = model(data.idx[ix])
     targets, answer = data.targets[ix], data.answer[ix]  # (B, T) each
     l_next = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
-    # the answer once more: it drowns among numbers that nobody can predict
+    # the answer counts twice: it drowns among numbers that nobody can predict
     l_next = l_next + F.cross_entropy(logits[answer], targets[answer])
     attn, adjacency = read_out(attentions, args), adjacency_of(data, ix)
     l_attn = re_attention_loss(attn, adjacency, args.alpha, args.form)
     below = attentions[:max(layer % len(attentions) for layer in args.layers)]
     if below and not args.open_path:
-        # there, causes and answer look inside their own items, so that nothing else rides along
+        # there, causes and answer look inside their items, so that nothing else rides along
         attn, adjacency = average_attention(below), inside_of(data, ix)
         l_attn = l_attn + re_attention_loss(attn, adjacency, args.alpha, args.form)
     return l_next, l_attn
@@ -120,23 +120,23 @@ def losses(model, data, ix, args):
 def evaluate(model, data, args):
     """N pairs (guess, right) of answers, each token guessed after the right ones: equal just when
     the greedy answer is right; and (N, T), the attention that the answer pays."""
-    answers, look = [], []
+    answers, attn = [], []
     for ix in torch.arange(len(data.idx)).split(64):
         logits, attentions = model(data.idx[ix])
         for guess, right, at in zip(logits.argmax(dim=-1), data.targets[ix], data.answer[ix]):
             answers.append([data.tokenizer.decode(ids[at].tolist()).removesuffix(END)
                             for ids in (guess, right)])
         first = data.answer[ix].int().argmax(dim=1)  # (B,)
-        look.append(read_out(attentions, args)[torch.arange(len(ix)), first].cpu())
-    return answers, torch.cat(look)
+        attn.append(read_out(attentions, args)[torch.arange(len(ix)), first].cpu())
+    return answers, torch.cat(attn)
 
 
 def test(model, splits, args):
-    """({column: value}, answers, look), the latter two of ood. "constant": the commonest answer;
+    """({column: value}, answers, attn), the latter two of ood. "constant": the commonest answer;
     "changed": share of answers that change with the spurious phrases."""
-    found, scores = {split: evaluate(model, data, args) for split, data in splits.items()}, {}
-    redrawn = found.pop("redrawn", None)
-    for split, (answers, look) in found.items():
+    seen, scores = {split: evaluate(model, data, args) for split, data in splits.items()}, {}
+    redrawn = seen.pop("redrawn", None)
+    for split, (answers, attn) in seen.items():
         often = max(Counter(right for _, right in answers).values())
         scores[split] = mean(guess == right for guess, right in answers)
         scores[f"{split} constant"] = often / len(answers)
@@ -144,8 +144,8 @@ def test(model, splits, args):
         scores["changed"] = mean(a != b for (a, _), (b, _) in zip(answers, redrawn[0]))
     role = splits[split].role.cpu()  # (N, T), 0 without labels
     for i in role.unique().tolist() if role.any() else ():
-        scores[ROLES[i]] = (look * (role == i)).sum(dim=1).mean().item()
-    return scores, answers, look
+        scores[ROLES[i]] = (attn * (role == i)).sum(dim=1).mean().item()
+    return scores, answers, attn
 
 
 def load_checkpoint(path):
@@ -159,21 +159,22 @@ def load_checkpoint(path):
 
 def start(args, seed, run, data, path):
     """(model, optimizer, batches, state) of a run, at its checkpoint if there is one; batches: the
-    examples of each step. ValueError when it was begun otherwise."""
+    examples of each step. ValueError when "data" differs."""
     torch.manual_seed(seed)  # of weights and order, the same without and with CAT
     model = GPT(GPTConfig(data.tokenizer.n_vocab, block_size=2048))
     model.start_alike(data.tokenizer)
     optimizer = torch.optim.AdamW(model.to(args.device).parameters(), args.lr)
-    # Going on ends as an unbroken run would, since nothing random happens in a step: the order of
-    # the examples follows from the seed; weights, optimiser and step stand in the checkpoint.
+    # Going on ends as an unbroken run would: nothing random happens in a step,
+    # the order of the examples follows from the seed,
+    # weights, optimiser and step stand in the checkpoint.
     n, B = len(data.idx), args.batch_size
     order = torch.cat([torch.randperm(n) for _ in range(args.steps * B // n + 1)])
     state = {"argv": args.argv, "run": run, "seed": seed, "steps_done": 0, "metrics": [],
-             "data": [x.cumsum(0).sum().item() for x in (data.idx, data.edges)]}
+             "data": f"{data.idx.cumsum(0).sum()} {data.edges.cumsum(0).sum()} {model.config}"}
     if path.exists():
         begun, (state, _) = state, load_checkpoint(path)
         if begun["data"] != state["data"]:
-            raise ValueError(f"{path} is of other data: bring them back, or give another --out")
+            raise ValueError(f"{path} is of other data or sizes: give these, or another --out")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
     return model, optimizer, order.split(B), state
@@ -185,7 +186,7 @@ def train(args, seed, run, data, watched):
     path = Path(args.out, f"{run}-{seed}.pt")
     model, optimizer, batches, state = start(args, seed, run, data, path)
     for step in range(state["steps_done"], args.steps):
-        # 1. the share of training done sets the learning rate and the weight of L_attn
+        # 1. the share done, the `epoch` of gamma_at, sets the learning rate and gamma
         done = step / args.steps
         optimizer.param_groups[0]["lr"] = args.lr * (1 + math.cos(math.pi * done)) / 2
         gamma = gamma_at(done, args.gamma, args.decay) * (run == "cat")
@@ -214,14 +215,14 @@ def train(args, seed, run, data, watched):
 def print_table(results):
     """Prints results, {column: value}, and those of several seeds of a run as one."""
     columns = [c for c in results[0] if all(c in r for r in results)]
-    rows = [dict(zip(columns, columns)), *results]
+    table = [dict(zip(columns, columns)), *results]
     for run in {r["run"]: 0 for r in results}:
         of_run = [r for r in results if r["run"] == run]
         for name, f in (("mean", mean), ("stdev", stdev), ("lowest", min)) * (len(of_run) > 1):
             values = {c: f([r[c] for r in of_run]) for c in columns[2:]}
-            rows.append({"run": run, "seed": name, **values})
-    for row in rows:
-        cells = [(row[c], max(8, len(c) + 2)) for c in columns]
+            table.append({"run": run, "seed": name, **values})
+    for result in table:
+        cells = [(result[c], max(8, len(c) + 2)) for c in columns]
         print("".join(f"{x:<{w}.3f}" if type(x) is float else f"{x:<{w}}" for x, w in cells))
 
 
@@ -232,9 +233,9 @@ def ask_model(model, data, args, text):
     text = text.rstrip() + end[len(end.rstrip()):]  # blanks as in training
     tokens = tokenizer.encode_ordinary(text)
     idx = torch.tensor([tokens], device=args.device)
-    look = read_out(model(idx)[1], args)[0, -1]  # (T,)
+    attn = read_out(model(idx)[1], args)[0, -1]  # (T,)
     for piece, positions in character_tokens(tokenizer, tokens):
-        share = look[positions].sum().item()
+        share = attn[positions].sum().item()
         print(piece + f"[{share:.0%}]" * (share >= 0.05), end="")
     print("\n" + tokenizer.decode(model.generate(idx, 64, tokenizer.encode_single_token(END))))
 
@@ -251,16 +252,16 @@ def words(x, y, text, style=""):
 
 def attention_svg(shown, data):
     """The first question whose answers differ, or the first, shaded by what its answer looks
-    at; shown: {run: (answers, look)}."""
+    at; shown: {run: (answers, attn)}."""
     pairs = zip(*(answers for answers, _ in shown.values()))
     n = next((n for n, pair in enumerate(pairs) if pair[0] != pair[-1]), 0)
     tokens, y = data.idx[n, :data.answer[n].int().argmax() + 1].tolist(), 0
     parts = [words(20, 24, "shade: attention of the answer; bold: causes; italic: spurious")]
-    for run, (answers, look) in shown.items():
+    for run, (answers, attn) in shown.items():
         x, y = 20, y + 70
         parts.append(words(20, y - 24, "{}: {}, right is {}".format(run, *answers[n])))
         for piece, positions in character_tokens(data.tokenizer, tokens):
-            shade = min(1, 3 * look[n, positions].sum().item())
+            shade = min(1, 3 * attn[n, positions].sum().item())
             style = ("", 'font-weight="bold"', 'font-style="italic"')[data.role[n, positions[0]]]
             parts += [f'<rect x="{x}" y="{y - 14}" width="{8 * len(piece)}" height="19" '
                       f'fill="orange" fill-opacity="{shade:.2f}"/>', words(x, y, piece, style)]

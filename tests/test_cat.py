@@ -135,7 +135,7 @@ def test_errors_are_one_line_with_the_value_and_the_remedy():
     attn, adjacency, mask = random_case(2, 4, 0)
     maps, loss = attn[:, None], re_attention_loss
     for call, part in [
-        (lambda: loop_loss(attn, adjacency, 2.0, "mine"), "add its formula to penalty_of in tests"),
+        (lambda: loop_loss(attn, adjacency, 2.0, "none"), "add its formula to penalty_of in tests"),
         (lambda: loss(attn, adjacency[:1], 2.0), "(2, 4, 4) is not as adjacency (1, 4, 4)"),
         (lambda: loss(attn[:, :3], adjacency[:, :3], 2.0), "adjacency (2, 3, 4): must be"),
         (lambda: loss(attn, adjacency, 2.0, mask=mask[:, :3]), "mask (2, 3): must be (B, T)"),
