@@ -1,4 +1,4 @@
-"""Data: the Spurious Token Game; phrases to edges; JSON Lines, tokenizer, token adjacency, batches.
+"""Data: the Spurious Token Game; phrases to token adjacency; JSON Lines, tokenizer and batches.
 Last, to be skipped at first: labels by an assistant, and the sub-commands."""
 import argparse
 import json
@@ -10,6 +10,7 @@ import shlex
 import subprocess
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import groupby, pairwise
 from unicodedata import normalize
 
@@ -30,7 +31,7 @@ class Feature:
     low: float = 1
     high: float = 10
     noise: float = 0.0  # standard deviation
-    decimals: int = 0  # shown, the answer is computed before rounding
+    decimals: int = 0  # shown; the answer uses all
     unit: str = ""
     weight: float = 0.0  # causal: factor in the score
     copies: str = ""  # spurious: the causal feature copied unless OOD
@@ -45,10 +46,10 @@ class Game:
     causal: tuple
     spurious: tuple
     irrelevant: tuple
-    question: str  # {features} stands for the numbers; the answer follows
-    bands: tuple  # answer by score: ((lowest, answer), ...), highest first
+    question: str  # {features} stands for the numbers
+    bands: tuple  # ((lowest score, answer), ...), highest first
     shuffle: bool = True  # the features of each example
-    steps: int = 1500  # of training that it needs
+    steps: int = 1500  # of training
 
     def __post_init__(self):
         causes, lows = [f.name for f in self.causal], [low for low, _ in self.bands]
@@ -114,7 +115,7 @@ class Example:
     input: str
     target: str
     important: tuple = ()  # ({effect: [causes]}, ...), phrases
-    spurious: tuple = ()  # phrases that merely go along, where known
+    spurious: tuple = ()  # phrases that merely go along
     source: str = ""  # "file:line"
 
 
@@ -140,8 +141,8 @@ def generate(game, n, ood=False, seed=0, exclude=()):
             text = ", ".join(rng.sample(causal + spurious + irrelevant, len(value)))
         answer = game.answer(sum(f.weight * value[f.name] for f in game.causal))
         text = game.question.replace("{features}", text)
-        if numbers(text) not in seen:
-            seen.add(numbers(text))
+        if (key := numbers(text)) not in seen:
+            seen.add(key)
             examples.append(Example(text, answer, ({answer: causal},), tuple(spurious)))
         if len(examples) == n:
             return examples
@@ -156,6 +157,7 @@ NUMBER = re.compile(rf"(?<!\w)(?<!\d{JOINT})(?<![^\W\d_][-–−])"  # not withi
 INSIDE = re.compile(r"(?<=\w)(?=\w)|(?<=\W[-−.])(?=\d)"
                     rf"|(?<=\d{JOINT})(?=\d)|(?<=\d)(?={JOINT}\d)")
 QUOTES = str.maketrans("‘’‚′“”„″", "''''" + '""""')
+compiled = lru_cache(10_000)(re.compile)
 
 
 def find(text, phrase, notes, target=math.inf):
@@ -164,7 +166,8 @@ def find(text, phrase, notes, target=math.inf):
     text = text.translate(QUOTES)
     words = normalize("NFC", phrase).translate(QUOTES).split()
     fits = defaultdict(list)  # {how well: spans}
-    for match in re.finditer(r"\s+".join(map(re.escape, words)), text, re.I) if words else ():
+    pattern = compiled(r"\s+".join(map(re.escape, words)), re.I)
+    for match in pattern.finditer(text) if words else ():
         a, b = match.span()
         whole = (a == target or not INSIDE.match(text, a)) and not INSIDE.match(text, b)
         fits[whole, a >= target, match[0].split() == words].append((a, b))
@@ -272,22 +275,24 @@ def hold_out(examples, share, seed):
 def moved(example, **fields):
     """The example with other fields; as it is when that loses an edge or role."""
     other = replace(example, **fields)
-    counts = lambda example: [*map(len, phrases_to_edges(example)[:3])]
+    counts = lambda e: [*map(len, phrases_to_edges(e)[:3])]
     return other if counts(other) == counts(example) else example
 
 
 def redraw(examples, seed):
-    """The examples with the spurious phrases of a random one in the places of their own; [] when
-    none has any."""
-    rng, redrawn = random.Random(seed), []
-    for example in examples:
+    """The examples with the spurious phrases of a random one in the places of theirs; [] when none
+    has any."""
+    rng, redrawn, pool = random.Random(seed), [], defaultdict(list)
+    for e in examples:
+        pool[len(e.spurious)].append(e.spurious)
+    for example in examples if any(pool) else ():
         text, old = example.input, example.spurious
-        new = rng.choice([e.spurious for e in examples if len(e.spurious) == len(old)])
+        new = rng.choice(pool[len(old)])
         places = {span: b for a, b in zip(old, new) for span in find(text, a, [])}
         for (start, end), phrase in sorted(places.items(), reverse=True):
             text = text[:start] + phrase + text[end:]
         redrawn.append(moved(example, input=text, spurious=new))
-    return redrawn if any(example.spurious for example in examples) else []
+    return redrawn
 
 
 def reorder(example, rng):
@@ -433,6 +438,7 @@ def save(game, rows, ood, seed, out):
         file.writelines(map(dump, examples))
 
 
+texts = lambda example: (example.input, example.target)
 INSTRUCTION = """In each line below "important" says which phrases of input and target decide which
 later ones, [{effect: [causes]}]; the effect is most often the target. Copy phrases letter by
 letter. Reply with the "important" of the last line alone.
@@ -466,9 +472,9 @@ def annotate(questions, demos, assistant, out):
     command, examples, failed = shlex.split(assistant) or [""], read(questions), []
     prompt = INSTRUCTION + "".join(map(dump, read(demos)))
     open(out, "a").close()  # raises now where nothing can be written
-    done = {(e.input, e.target) for e in read(out)} if os.path.getsize(out) else ()
-    for example in tqdm([e for e in examples if (e.input, e.target) not in done], disable=None):
-        question = prompt + dump(Example(example.input, example.target))
+    done = {*map(texts, read(out))} if os.path.getsize(out) else ()
+    for example in tqdm([e for e in examples if texts(e) not in done], disable=None):
+        question = prompt + dump(Example(*texts(example)))
         try:
             reply = subprocess.run(command, input=question, timeout=300, check=True,
                                    capture_output=True, encoding="utf-8").stdout
@@ -484,10 +490,10 @@ def annotate(questions, demos, assistant, out):
 def check(file, against):
     """Prints how well labels have the edges of true ones, and the worst examples."""
     edges = lambda example: {*phrases_to_edges(example)[0]}
-    labelled, truth = read(file), {(e.input, e.target): edges(e) for e in read(against)}
+    labelled, truth = read(file), {texts(e): edges(e) for e in read(against)}
     compared, tp, fp, fn = [], 0, 0, 0
-    for e in (e for e in labelled if (e.input, e.target) in truth):
-        predicted, gold = edges(e), truth[e.input, e.target]
+    for e in (e for e in labelled if texts(e) in truth):
+        predicted, gold = edges(e), truth[texts(e)]
         missing, extra = ([(e.input + e.target)[slice(*cause)] for _, cause in sorted(part)]
                           for part in (gold - predicted, predicted - gold))
         tp, fp, fn = tp + len(gold & predicted), fp + len(extra), fn + len(missing)

@@ -43,7 +43,7 @@ def parse_args(argv):
     add("--decay", type=float, default=0.0, help="gamma falls by exp(-decay)")
     add("--layers", type=int, nargs="+", default=[-1], help="that look at the causes")
     add("--open-path", action="store_true", help="leave the layers below alone")
-    add("--seed", type=int, nargs="+", default=[1], help="of data and weights")
+    add("--seed", type=int, nargs="+", default=[1], help="of data, weights")
     devices = ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     devices += ["cuda"] * torch.cuda.is_available()
     add("--device", choices=devices, default=devices[-1])
@@ -226,6 +226,7 @@ def print_table(results):
         print("".join(f"{x:<{w}.3f}" if type(x) is float else f"{x:<{w}}" for x, w in cells))
 
 
+@torch.no_grad()
 def ask_model(model, data, args, text):
     """Prints a question, with the attention of its answer from 5% a token on, and the answer."""
     tokenizer = data.tokenizer
@@ -294,6 +295,7 @@ def main(argv):
             return ask_model(model, data, saved, args.ask[1])
         return print_table([{"run": run, "seed": seed, **test(model, tested, saved)[0]}])
     out, results, metrics = Path(args.out), [], []
+    write = lambda name, text: (out / name).write_text(text, "utf-8")
     for path in out.glob("*.pt"):
         flags = load_checkpoint(path)[0]["argv"]
         if not args.resume or flags != args.argv:
@@ -308,12 +310,11 @@ def main(argv):
         for run in args.runs:
             model, lines = train(args, seed, run, data, watched)
             metrics += lines
-            (out / "metrics.jsonl").write_text("".join(metrics))
+            write("metrics.jsonl", "".join(metrics))
             scores, *shown[run] = test(model, tested, args)
             results.append({"run": run, "seed": seed, **scores})
-        picture = attention_svg(shown, tested.get("ood", tested["iid"]))
-        (out / "attention.svg").write_text(picture, "utf-8")
-    (out / "curves.svg").write_text(curves_svg([json.loads(line) for line in metrics]), "utf-8")
+    write("attention.svg", attention_svg(shown, tested.get("ood", tested["iid"])))
+    write("curves.svg", curves_svg([json.loads(line) for line in metrics]))
     print_table(results)
 
 
