@@ -1,139 +1,172 @@
 """Causal Attention Tuning (CAT, arXiv 2509.01535): the Re-Attention loss on a model's attention.
-A query is a row of the attention map, a key a column. A causal key holds a cause of what its query
-predicts; it has nothing to do with the causal mask."""
+
+A row of an attention map is a query, a column is a key; both are positions in the text. The
+adjacency says which keys a query should look at. Such a key is called causal, because it holds a
+cause of the token that the query predicts; this has nothing to do with the causal mask, which
+hides the future. The total loss is
+
+    L = L_next + gamma * L_attn
+
+with the next-token loss L_next, L_attn from `re_attention_loss` and gamma from `gamma_at`.
+"""
 import math
 
 import torch
 
-EPS = 1e-8  # added before attention divides or enters a logarithm: 0 stays finite
-log_hinge = lambda c, o, n, alpha: math.log(alpha) - c.log() + o.log()
-FORMS = {  # the penalties of `re_attention_loss`
-    "hinge": lambda c, o, n, alpha: alpha - c / o,
-    "log": log_hinge,
-    "each": log_hinge,
-    "uniform": lambda c, o, n, _: -(n * c).log() + 0 * o,  # o's NaN
-    "div": lambda c, o, *_: -c.log1p() / o.log1p(),
-    "div2": lambda c, o, *_: -(c / (1 + o)).log1p(),
-    "nll": lambda c, o, *_: -c / (c + o),
-}
-KEY_BY_KEY = ("each", "uniform")  # c is each causal key's own, not their mean
+FORMS = ("hinge", "div", "log", "each", "uniform")  # see re_attention_loss
+EPS = 1e-8  # is added to attention before a division or a logarithm, so that 0 stays finite
 
 
 def average_attention(attentions):
-    """Mean over heads, then over layers (the paper's Re-Attention mechanism): (B, T, T), float32 or
-    wider. attentions: list or tuple of the (B, H, T, T) of each layer to supervise; H may differ.
-    Raises ValueError for a missing map, wrong shapes, and as `widen`."""
+    """The mean of attention over heads, then over layers (the paper's Re-Attention mechanism).
+
+    attentions is a list with a tensor (B, n_head, T, T) for each layer to supervise; the number of
+    heads may differ. Returns (B, T, T) in float32 or wider.
+    """
     if not attentions or not all(torch.is_tensor(attn) for attn in attentions):
-        raise ValueError('no map for a layer: load the model with attn_implementation="eager", and '
-                         "use one forward pass (not generate) with output_attentions=True")
+        raise ValueError('a layer has no attention map: load the model with attn_implementation='
+                         '"eager" and call it once, not generate, with output_attentions=True')
     B, T = attentions[0].shape[0], attentions[0].shape[-1]
+    total = 0
     for attn in attentions:
-        if attn.shape != (B, attn.shape[1], T, T):
-            raise ValueError(f"attn {tuple(attn.shape)}: must be (B, H, T, T), B and T equal")
-    # not mean(dim=1), whose backward is slower
-    return sum(widen(a).sum(dim=1) / (a.shape[1] * len(attentions)) for a in attentions)
+        if attn.dim() != 4 or attn.shape != (B, attn.shape[1], T, T):
+            raise ValueError(f"attn is {tuple(attn.shape)}: it must be (B, n_head, T, T), "
+                             "with B and T the same in every layer")
+        # A sum and a division do what attn.mean(dim=1) does, with a faster backward pass.
+        total = total + widen(attn).sum(dim=1) / attn.shape[1]  # (B, T, T)
+    return total / len(attentions)
 
 
-def supervised_queries(adjacency, mask=None):
-    """The R queries that count, those with at least one causal and one other key, and their keys.
-    adjacency: (B, T, T), bool or 0/1; [b, i, j] says that query i should look at key j <= i.
-    mask: (B, T), bool or 0/1, 0 for padding on either side; or (B, T, T), 1 where query i sees key
-    j (sliding window, packed sequences). A key that is not seen is neither causal nor other.
-    Returns (b, i, causal_keys, other_keys): places (R,), keys (R, T) bool.
-    Raises ValueError for wrong shapes, values other than 0 and 1, and edges above the diagonal."""
+def split_keys(adjacency, mask=None):
+    """The causal and the other keys of each query, and which queries count.
+
+    adjacency is (B, T, T), bool or 0/1: adjacency[b, i, j] says that query i should look at key j,
+    which is not later than i. mask is 1 for tokens and 0 for padding, (B, T); or it is (B, T, T)
+    and says which keys each query sees, as in a sliding window. A key that a query does not see is
+    neither causal nor other.
+
+    Returns causal_keys (B, T, T), other_keys (B, T, T) and counts (B, T), all bool. A query counts
+    when it has at least one causal and one other key, because only then is there a ratio.
+    """
     B, T = adjacency.shape[0], adjacency.shape[-1]
     if adjacency.shape != (B, T, T):
-        raise ValueError(f"adjacency {tuple(adjacency.shape)}: must be (B, T, T)")
-    if mask is not None and mask.shape not in ((B, T), (B, T, T)):
-        raise ValueError(f"mask {tuple(mask.shape)}: must be (B, T) or (B, T, T), B={B}, T={T}")
-    # few queries have edges: carrying only these on makes the loss cheap
-    b, i = adjacency.bool().sum(dim=-1).nonzero(as_tuple=True)
-    edges = adjacency[b, i]  # (R, T)
-    for name, given in (("adjacency", edges), ("mask", mask)):
-        if given is not None and (given != given.bool()).any():
-            raise ValueError(f"{name} holds values other than 0 and 1: give a boolean tensor")
-    edges = edges.bool()
-    seen = torch.arange(T, device=edges.device) <= i[:, None]  # the causal mask
-    if (edges & ~seen).any():
+        raise ValueError(f"adjacency is {tuple(adjacency.shape)}: it must be (B, T, T)")
+    adjacency = as_bool("adjacency", adjacency)
+    if adjacency.triu(1).any():
         raise ValueError("adjacency has an edge to a later key, above the diagonal: transpose it?")
+
+    sees = torch.ones(T, T, dtype=torch.bool, device=adjacency.device).tril()  # the causal mask
     if mask is not None:
-        mask = mask.bool()
-        seen = seen & (mask[b, i] if mask.dim() == 3 else mask[b] & mask[b, i][:, None])
-    causal_keys, other_keys = edges & seen, seen & ~edges
-    both = (causal_keys.sum(dim=-1) > 0) & (other_keys.sum(dim=-1) > 0)
-    return b[both], i[both], causal_keys[both], other_keys[both]
+        mask = as_bool("mask", mask)
+        if mask.shape == (B, T):
+            mask = mask[:, :, None] & mask[:, None, :]  # a token sees tokens: (B, T, T)
+        if mask.shape != (B, T, T):
+            raise ValueError(f"mask is {tuple(mask.shape)}: it must be (B, T) or (B, T, T), "
+                             f"with B = {B} and T = {T}")
+        sees = sees & mask
+
+    causal_keys = adjacency & sees
+    other_keys = sees & ~adjacency
+    counts = causal_keys.any(dim=-1) & other_keys.any(dim=-1)
+    return causal_keys, other_keys, counts
 
 
 def attention_ratio(attn, adjacency, mask=None):
-    """Mean attention on the causal and on the other keys of each query (Re-Attention mechanism).
-    attn: (B, T, T), attention of query i on key j. adjacency, mask: as in `supervised_queries`.
-    Returns (causal, other), (R,) each, in its order; the ratio of a query is causal / other.
-    Raises ValueError for shapes that differ, and as `supervised_queries` and `widen`."""
-    attn, causal_keys, other_keys = supervised_attention(attn, adjacency, mask)
+    """The mean attention on causal keys and on other keys (the paper's Re-Attention mechanism).
+
+    attn is (B, T, T), as from `average_attention`; adjacency and mask are as in `split_keys`.
+    Returns causal and other, (R,) each, for the R queries that count, batch by batch and from the
+    first to the last; causal / other is the ratio that `re_attention_loss` wants to be alpha.
+    """
+    attn, causal_keys, other_keys = rows_that_count(attn, adjacency, mask)
     return mean_over(causal_keys, attn), mean_over(other_keys, attn)
 
 
-def re_attention_loss(attn, adjacency, alpha=None, form="hinge", mask=None, reduction="mean"):
-    """The Re-Attention loss: mean over the queries that count of a penalty on ratio < alpha.
-    attn, adjacency, mask: as in `attention_ratio`. alpha > 0: the ratio to be reached.
-    With c = causal + EPS, o = other + EPS, a_j = EPS + attention on the j-th of n causal keys:
+def re_attention_loss(attn, adjacency, alpha, form="hinge", mask=None):
+    """The Re-Attention loss: the mean of a penalty over the queries that count.
 
-        hinge    max(alpha - c / o, 0)                the paper's equation
-        log      max(log alpha - log(c / o), 0)       here: no slope 1 / o that explodes
-        each     mean_j max(log alpha - log(a_j / o), 0)     here: log, key by key
-        uniform  mean_j -log(n a_j)                   guided attention; alpha is not used
-        div      -log(1 + c) / log(1 + o)             released code; these three are 0
-        div2     -log(1 + c / (1 + o))                where c / o >= alpha
-        nll      -c / (c + o)
+    attn, adjacency and mask are as in `attention_ratio`. With causal and other from there and
+    ratio = causal / other, a query pays nothing once its ratio is alpha, and below that
 
-    A mean is content with one key: c is the same whether n keys share the attention or one has it
-    all, and nothing favours the rest. Only `each` and `uniform` ask for every key.
-    Returns a scalar, 0 with zero gradient when no query counts; with reduction="none" the
-    (R,) penalties. NaN at keys that count shows, elsewhere it changes nothing.
-    Raises ValueError for a wrong alpha, form or reduction, and as `attention_ratio`."""
+        hinge    alpha - ratio                        the paper's equation
+        div      -log(1 + causal) / log(1 + other)    the default of the released code
+        log      log(alpha) - log(ratio)              here: no slope 1 / other that explodes
+        each     the mean of log over the causal keys, with attention on the one key as causal
+        uniform  the mean of -log(n * attention) over the n causal keys; alpha is not used
+
+    The first three look at a mean, which is the same whether the causal keys share the attention
+    or one of them has it all; only `each` and `uniform` ask for every key. Returns a scalar, which
+    is an exact 0 with a gradient when no query counts. NaN in attention that counts shows.
+    """
     if form not in FORMS:
         raise ValueError(f"form is {form!r}: choose one of {', '.join(FORMS)}")
     if form != "uniform" and (alpha is None or not 0 < alpha < math.inf):
         raise ValueError(f"alpha is {alpha}: give the ratio to reach, a finite number over 0")
-    if reduction not in ("mean", "none"):
-        raise ValueError(f"reduction is {reduction!r}: choose mean or none")
-    attn, causal_keys, other_keys = supervised_attention(attn, adjacency, mask)
-    o, n = mean_over(other_keys, attn) + EPS, causal_keys.sum(dim=-1)  # (R,) each
-    if form in KEY_BY_KEY:  # c: (R, T), 1 off causal keys
-        c, o, n = torch.where(causal_keys, attn + EPS, 1.0), o[:, None], n[:, None]
-    else:
-        c = mean_over(causal_keys, attn) + EPS  # (R,)
-    penalty = FORMS[form](c, o, n, alpha)
-    if form != "uniform":
-        penalty = torch.where(c >= alpha * o, 0.0, penalty)  # NaN is not >=, so it stays
-    if form in KEY_BY_KEY:
-        penalty = mean_over(causal_keys, penalty)
-    return penalty if reduction == "none" else penalty.sum() / max(len(penalty), 1)
+
+    attn, causal_keys, other_keys = rows_that_count(attn, adjacency, mask)  # (R, T) each
+    causal = mean_over(causal_keys, attn) + EPS  # (R,)
+    other = mean_over(other_keys, attn) + EPS  # (R,)
+    ratio = causal / other
+
+    if form == "hinge":
+        penalty = torch.relu(alpha - ratio)
+    elif form == "div":
+        penalty = -torch.log1p(causal) / torch.log1p(other)
+        # Asking for >= and not for < keeps NaN, which is neither.
+        penalty = torch.where(ratio >= alpha, 0.0, penalty)
+    elif form == "log":
+        penalty = torch.relu(math.log(alpha) - torch.log(ratio))
+    elif form == "each":
+        ratio_of_key = (attn + EPS) / other[:, None]  # (R, T)
+        penalty_of_key = torch.relu(math.log(alpha) - torch.log(ratio_of_key))
+        penalty = mean_over(causal_keys, penalty_of_key)
+    elif form == "uniform":
+        n = causal_keys.sum(dim=-1, keepdim=True)  # (R, 1)
+        penalty = mean_over(causal_keys, -torch.log(n * (attn + EPS)))
+
+    R = len(penalty)
+    return penalty.sum() / max(R, 1)
 
 
 def gamma_at(epoch, gamma0, decay):
-    """gamma0 * exp(-decay * epoch), gamma of L = L_next + gamma * L_attn (the paper's total loss).
-    epoch: training progress >= 0, fractions too. ValueError for gamma0, decay < 0 or not finite."""
+    """The weight of L_attn: gamma0 * exp(-decay * epoch) (the paper's total loss).
+
+    epoch says how far training has come, in any unit and in fractions too; decay is per that unit.
+    """
     if not (0 <= gamma0 < math.inf and 0 <= decay < math.inf):
         raise ValueError(f"gamma is {gamma0}, decay is {decay}: give finite numbers of at least 0")
     return gamma0 * math.exp(-decay * epoch)
 
 
-def supervised_attention(attn, adjacency, mask):
-    """(R, T) each: attn of the queries that count, their causal and their other keys."""
+# Small helpers of the functions above
+
+def rows_that_count(attn, adjacency, mask):
+    """(R, T) each: the attention of the R queries that count, their causal and other keys."""
     if attn.shape != adjacency.shape:
-        raise ValueError(f"attn {tuple(attn.shape)} is not as adjacency {tuple(adjacency.shape)}")
-    b, i, causal_keys, other_keys = supervised_queries(adjacency, mask)
-    return widen(attn[b, i]), causal_keys, other_keys
+        raise ValueError(f"attn is {tuple(attn.shape)} and adjacency {tuple(adjacency.shape)}: "
+                         "both must be (B, T, T)")
+    causal_keys, other_keys, counts = split_keys(adjacency, mask)
+    attn, causal_keys, other_keys = attn[counts], causal_keys[counts], other_keys[counts]
+    # Keys that are neither may hold anything, even NaN, which would survive a product with 0.
+    attn = torch.where(causal_keys | other_keys, widen(attn), 0.0)
+    return attn, causal_keys, other_keys
 
 
 def mean_over(keys, values):
-    """(R,) mean of values over keys, (R, T) each. Values elsewhere are out, even NaN."""
-    return torch.where(keys, values, 0.0).sum(dim=-1) / keys.sum(dim=-1)
+    """(R,): the mean of values over the keys, (R, T) each."""
+    return (values * keys).sum(dim=-1) / keys.sum(dim=-1)
+
+
+def as_bool(name, tensor):
+    """The tensor as bool, if it holds nothing but 0 and 1."""
+    if tensor.dtype != torch.bool and (tensor != tensor.bool()).any():
+        raise ValueError(f"{name} holds values other than 0 and 1: give a boolean tensor")
+    return tensor.bool()
 
 
 def widen(x):
-    """x in float32 or wider. ValueError when gradients would overflow in float16."""
+    """x in float32 or wider, since sums and ratios of small numbers need the digits."""
     if x.dtype == torch.half and x.requires_grad and not torch.is_autocast_enabled(x.device.type):
-        raise ValueError("attn is float16: use bfloat16, or autocast with a GradScaler")
+        raise ValueError("attn is float16, whose gradients would overflow: use bfloat16, or "
+                         "autocast with a GradScaler")
     return x.to(torch.promote_types(x.dtype, torch.float32))

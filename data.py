@@ -1,536 +1,874 @@
-"""Data: the Spurious Token Game; phrases to token adjacency; JSON Lines, tokenizer and batches.
-Last, to be skipped at first: labels by an assistant, and the sub-commands."""
+"""Data: from the Spurious Token Game, or a labelled text, to tokens and batches.
+
+A place in a text is called a span, (start, end) in characters of input + target. The game knows
+its spans because it writes them; in a labelled file they are found by their phrases. From there on
+both are an Example, and there are no phrases any more.
+
+The sections: 1 the game, 2 labelled text, 3 tokens, 4 batches, and, to be skipped at first,
+5 labels by an assistant and the commands `show`, `generate` and `annotate`.
+"""
 import argparse
 import json
 import math
 import os
 import random
 import re
-import shlex
+import signal
 import subprocess
-from collections import Counter, defaultdict
-from dataclasses import dataclass, replace
+import sys
+import unicodedata
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import groupby, pairwise
-from unicodedata import normalize
 
 import tiktoken
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-ROLES = ("other", "causal", "spurious")  # of a token
-EDGES = ("value", "span", "spurious", "random")  # see `narrow`, `mislabel`
-END = "<|endoftext|>"  # closes every answer
+
+class UserError(Exception):
+    """A mistake of the user: a message of one line with the place and the remedy."""
 
 
-@dataclass(frozen=True)
-class Feature:
-    """A number of a game: uniform in low..high, whole if decimals and noise are 0."""
-    name: str
-    low: float = 1
-    high: float = 10
-    noise: float = 0.0  # standard deviation
-    decimals: int = 0  # shown; the answer uses all
-    unit: str = ""
-    weight: float = 0.0  # causal: factor in the score
-    copies: str = ""  # spurious: the causal feature copied unless OOD
-    ratio: float = 1.0  # of the copy, rounded down unless it has noise
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message)
 
 
-@dataclass(frozen=True)
-class Game:
-    """The paper's Spurious Token Game: causal features decide the answer, spurious ones copy them
-    until they are out of distribution (OOD). ValueError for a mistake."""
-    name: str
-    causal: tuple
-    spurious: tuple
-    irrelevant: tuple
-    question: str  # {features} stands for the numbers
-    bands: tuple  # ((lowest score, answer), ...), highest first
-    shuffle: bool = True  # the features of each example
-    steps: int = 1500  # of training
+# ----------------------------------------------------------------------------
+# 1 The game: causal features decide the answer, spurious ones copy them until they do not
 
-    def __post_init__(self):
-        causes, lows = [f.name for f in self.causal], [low for low, _ in self.bands]
-        for f in self.causal + self.spurious + self.irrelevant:
-            if f.low > f.high:
-                raise ValueError(f"{self.name}: {f.name} is {f.low} to {f.high}: lower first")
-        for f in self.spurious:
-            if f.copies not in causes:
-                raise ValueError(f"{self.name}: {f.name} copies {f.copies!r}: give one of {causes}")
-        if self.question.count("{features}") != 1:
-            raise ValueError(f"{self.name}: write {{features}} once in the question")
-        if lows != sorted({*lows, -math.inf}, reverse=True):
-            raise ValueError(f"{self.name}: bands from {lows}: highest first, -math.inf last")
-
-    def answer(self, score):
-        return next(answer for lowest, answer in self.bands if round(score, 6) >= lowest)
-
-
-STG = Game(
-    "STG",
-    causal=(Feature("Smoking", weight=1.2), Feature("Weight", weight=0.7),
-            Feature("Exercise", weight=-1.0)),
-    spurious=(Feature("Yellow fingers", copies="Smoking", ratio=1.5),
-              Feature("Clothing size", copies="Weight", ratio=1.0),
-              Feature("Hormones", copies="Exercise", ratio=0.5)),
-    irrelevant=(Feature("Room size"), Feature("Certain gene")),
-    question="Here is the statistical data for a person. "
-             "Please predict the probability of cancer. {features} Answer: ",
-    bands=((7.3, "High Risk"), (2.7, "Middle Risk"), (-math.inf, "Low Risk")))  # > 7.2 is >= 7.3
-
-STG_H = Game(
-    "STG_H",
-    causal=(
-        Feature("Industrial Emissions", 30, 70, 2.0, 1, weight=0.3),
-        Feature("Vehicle Emissions", 20, 60, 2.0, 1, weight=0.25),
-        Feature("Coal Dependency", 10, 50, 1.5, 1, "%", weight=0.2),
-        Feature("Agricultural Burning", 10, 30, 1.0, 1, weight=0.15),
-        Feature("Urban Green Coverage", 40, 80, 3.0, 1, "%", weight=-0.2),
-        Feature("Meteorological Dispersion", 50, 90, 3.0, 1, weight=-0.3)),
-    spurious=(
-        Feature("Ice Cream Sales Index", 5, 9, 2.0, 1, "", 0, "Meteorological Dispersion", 0.4),
-        Feature("Allergy Complaints Level", 2, 6, 3.0, 1, "", 0, "Agricultural Burning", 0.2),
-        Feature("Renewable Stock Index", 3, 7, 1.5, 0, "", 0, "Industrial Emissions", 1.1),
-        Feature("Public Transport Subscriptions (k)", 3, 9, 2.0, 1, "", 0, "Vehicle Emissions",
-                0.15),
-        Feature("Water Awareness Score", -8, -4, 1.0, 1, "", 0, "Urban Green Coverage", -0.1)),
-    irrelevant=(
-        Feature("City Anniversary", 1, 100, unit="th"),
-        Feature("Average Internet Speed", 80, 120, 3.0, 1, "Mbps"),
-        Feature("Number of Libraries", 10, 50)),
-    question="{features}. Given these diverse conditions, what is the projected Air Quality Index "
-             "(AQI) on a 0-100 scale? Answer: ",
-    # 0 for a score of -20 to 100 for one of 30, rounded
-    bands=(*((n / 2 - 20.25, str(n)) for n in range(100, 0, -1)), (-math.inf, "0")),
-    shuffle=False, steps=3000)
-
-GAMES = {game.name: game for game in (STG, STG_H)}
-
-
-@dataclass(frozen=True)
+@dataclass
 class Example:
-    """A question with its answer: a line of a file."""
+    """A question and its answer, and what causes what in them.
+
+    Each edge is (span of an effect, span of a cause): whoever predicts the effect should look at
+    the cause, which ends before the effect starts. The effect is most often the target.
+    """
     input: str
     target: str
-    important: tuple = ()  # ({effect: [causes]}, ...), phrases
-    spurious: tuple = ()  # phrases that merely go along
-    source: str = ""  # "file:line"
+    edges: list = field(default_factory=list)
+    spurious: list = field(default_factory=list)  # spans in the input that merely go along
+    source: str = ""  # "file:line", for messages
 
 
-def generate(game, n, ood=False, seed=0, exclude=()):
-    """n Examples of a game, no two with the same numbers, none with those of `exclude`. ood:
-    spurious features do not copy. ValueError for n < 1 or more than the game has."""
-    rng, examples = random.Random(f"{game.name} {ood} {seed}"), []
-    before, after = map(len, game.question.split("{features}"))
-    numbers = lambda text: frozenset(re.split("[.,;] ", text[before:len(text) - after]))
-    seen = {numbers(example.input) for example in exclude}
-    draw = lambda f: (rng.uniform if f.noise or f.decimals else rng.randint)(f.low, f.high)
-    for _ in range(1000 + 100 * n):
-        value = {f.name: draw(f) + rng.gauss(0, f.noise) for f in game.causal + game.irrelevant}
-        for f in game.spurious:
-            copy = f.ratio * value[f.copies]
-            value[f.name] = (draw(f) if ood else
-                             copy + rng.gauss(0, f.noise) if f.noise else math.floor(copy))
-        causal, spurious, irrelevant = groups = [
-            [f"{f.name}: {value[f.name]:.{f.decimals}f}{f.unit}" for f in group]
-            for group in (game.causal, game.spurious, game.irrelevant)]
-        text = ". ".join("; ".join(group) for group in groups)
-        if game.shuffle:
-            text = ", ".join(rng.sample(causal + spurious + irrelevant, len(value)))
-        answer = game.answer(sum(f.weight * value[f.name] for f in game.causal))
-        text = game.question.replace("{features}", text)
-        if (key := numbers(text)) not in seen:
+@dataclass
+class Feature:
+    """A whole number of the game, drawn evenly from low to high."""
+    name: str
+    low: int = 1
+    high: int = 10
+    weight: float = 0.0  # of a causal feature: its factor in the score
+    copies: str = ""  # of a spurious feature: the causal one that it copies, unless OOD,
+    ratio: float = 1.0  # times this, rounded down
+
+
+@dataclass
+class Game:
+    causal: list
+    spurious: list
+    irrelevant: list
+    question: str  # {features} stands for the numbers
+    answers: list  # (lowest score, answer), from the highest score to the lowest
+
+
+# The Spurious Token Game of the paper (STG).
+STG = Game(
+    causal=[
+        Feature("Smoking", weight=1.2),
+        Feature("Weight", weight=0.7),
+        Feature("Exercise", weight=-1.0),
+    ],
+    spurious=[
+        Feature("Yellow fingers", copies="Smoking", ratio=1.5),
+        Feature("Clothing size", copies="Weight", ratio=1.0),
+        Feature("Hormones", copies="Exercise", ratio=0.5),
+    ],
+    irrelevant=[
+        Feature("Room size"),
+        Feature("Certain gene"),
+    ],
+    question="Here is the statistical data for a person. "
+             "Please predict the probability of cancer. {features} Answer: ",
+    answers=[
+        (7.3, "High Risk"),  # over 7.2, and scores are whole tenths
+        (2.7, "Middle Risk"),
+        (-math.inf, "Low Risk"),
+    ],
+)
+
+
+def draw(game, ood, rng, spurious_rng):
+    """The numbers of one question, {name: number}.
+
+    In distribution a spurious feature copies a causal one. Out of distribution (ood) it is drawn
+    by itself, from spurious_rng: the copy breaks, and it leaves the range that copies have.
+    """
+    numbers = {}
+    for feature in game.causal + game.irrelevant:
+        numbers[feature.name] = rng.randint(feature.low, feature.high)
+    for feature in game.spurious:
+        if ood:
+            numbers[feature.name] = spurious_rng.randint(feature.low, feature.high)
+        else:
+            numbers[feature.name] = math.floor(feature.ratio * numbers[feature.copies])
+    return numbers
+
+
+def answer_to(game, numbers):
+    """The answer of the first band that the weighted sum of the causal numbers reaches."""
+    score = 0.0
+    for feature in game.causal:
+        score += feature.weight * numbers[feature.name]
+    score = round(score, 6)  # as floats, 1.2 * 4 + 0.7 * 7 - 7 is less than the 2.7 of a band
+    for lowest, answer in game.answers:
+        if score >= lowest:
+            return answer
+
+
+def write(game, numbers, rng):
+    """The Example with these numbers, its features in a random order. Each span is noted while its
+    words are written, so nothing has to be found again."""
+    features = game.causal + game.spurious + game.irrelevant
+    rng.shuffle(features)
+    before, after = game.question.split("{features}")
+    text = before
+    causes, spurious = [], []
+    for i, feature in enumerate(features):
+        if i > 0:
+            text += ", "
+        start = len(text)
+        text += f"{feature.name}: {numbers[feature.name]}"
+        span = (start, len(text))
+        if feature in game.causal:
+            causes.append(span)
+        elif feature in game.spurious:
+            spurious.append(span)
+    text += after
+
+    answer = answer_to(game, numbers)
+    effect = (len(text), len(text) + len(answer))
+    edges = [(effect, cause) for cause in causes]
+    return Example(text, answer, edges, spurious)
+
+
+def generate(game, n, ood=False, seed=0, spurious_seed=0, seen=None):
+    """n Examples of a game; no two are alike in all that is not spurious.
+
+    seen is a set of such numbers: an example that is in it is not made, and those made are added,
+    so that training and test examples that share one set differ. Out of distribution another
+    spurious_seed gives the same questions and answers with other spurious numbers.
+    """
+    seen = set() if seen is None else seen
+    telling = game.causal + game.irrelevant
+    possible = math.prod(feature.high - feature.low + 1 for feature in telling)
+    if n < 1 or n + len(seen) > possible:
+        raise UserError(f"{n} examples are asked for, after {len(seen)} others: give at least 1, "
+                        f"and not more than the {possible} that the game has")
+
+    # Two sources of random numbers, so that spurious ones can change while all else stays.
+    rng = random.Random(f"{seed} {ood}")
+    spurious_rng = random.Random(f"{seed} {spurious_seed} spurious")
+    examples = []
+    while len(examples) < n:
+        numbers = draw(game, ood, rng, spurious_rng)
+        example = write(game, numbers, rng)
+        key = tuple(numbers[feature.name] for feature in telling)
+        if key not in seen:
             seen.add(key)
-            examples.append(Example(text, answer, ({answer: causal},), tuple(spurious)))
-        if len(examples) == n:
-            return examples
-    raise ValueError(f"rows is {n}: give 1 or more, and not more than {game.name} has")
-
-
-# One value each: 8, -6.9, .5, 1,000, 1/3, 7:50, 0-100, 2024-05-06, 1e-5. None: PM2.5, B12, F-16.
-JOINT = "[.,:/–-]"  # between the digits of one value
-NUMBER = re.compile(rf"(?<!\w)(?<!\d{JOINT})(?<![^\W\d_][-–−])"  # not within a word or number
-                    rf"(?:(?<![\w%°)])[-−])?\.?\d+(?:{JOINT}\d+)*(?:[eE][-+]?\d+)?")
-# a place inside a word ("he" in "the") or a number ("5" in "2.5" or "-5")
-INSIDE = re.compile(r"(?<=\w)(?=\w)|(?<=\W[-−.])(?=\d)"
-                    rf"|(?<=\d{JOINT})(?=\d)|(?<=\d)(?={JOINT}\d)")
-QUOTES = str.maketrans("‘’‚′“”„″", "''''" + '""""')
-compiled = lru_cache(10_000)(re.compile)
-
-
-def find(text, phrase, notes, target=math.inf):
-    """The spans where a phrase fits best, in any white space and quotes: whole, then from where the
-    target starts, then as written. Adds to notes."""
-    text = text.translate(QUOTES)
-    words = normalize("NFC", phrase).translate(QUOTES).split()
-    fits = defaultdict(list)  # {how well: spans}
-    pattern = compiled(r"\s+".join(map(re.escape, words)), re.I)
-    for match in pattern.finditer(text) if words else ():
-        a, b = match.span()
-        whole = (a == target or not INSIDE.match(text, a)) and not INSIDE.match(text, b)
-        fits[whole, a >= target, match[0].split() == words].append((a, b))
-    best = max(fits, default=None)
-    if not 0 < len(fits[best]) <= 100:  # none, or too many
-        notes.append(("not found", phrase))
-        return []
-    if not best[0]:
-        notes.append(("inside words", phrase))
-    return fits[best]
-
-
-def phrases_to_edges(example):
-    """(edges, causal, spurious, notes) of an Example, in spans (start, end) of input + target.
-
-    edges: [(effect, cause)], the paper's causal supervision: who predicts the effect should look at
-    the cause, which ends before it. causal: causes of the answer. notes: [(what, phrase)], such as
-    ("late", "Room: 5") for a cause that is not before its effect."""
-    text, n = example.input + example.target, len(example.input)
-    edges, notes = {}, []
-    for effect, causes in (pair for group in example.important for pair in group.items()):
-        effects = find(text, effect, notes, n)
-        for cause in dict.fromkeys(causes) if effects else ():
-            spans = find(text, cause, notes)
-            before = [(e, c) for e in effects for c in spans if c[1] <= e[0]]
-            edges.update(dict.fromkeys(before))  # each once
-            if spans and not before:
-                notes.append(("late", cause))
-    spurious = [span for phrase in example.spurious for span in find(text[:n], phrase, notes)]
-    return list(edges), [cause for effect, cause in edges if effect[1] > n], spurious, notes
-
-
-def as_lists(pairs):
-    """A JSON object with a list under each key; values of equal keys add up."""
-    fields = defaultdict(list)
-    for key, value in pairs:
-        fields[key] += value if isinstance(value, list) else [value]
-    return dict(fields)
-
-
-def parse_example(line, source=""):
-    """A line of JSON as an Example. ValueError says what to write instead."""
-    try:
-        fields = json.loads(line, object_pairs_hook=as_lists)
-        [input], [target] = fields["input"], fields["target"]
-        target = str(target) if type(target) in (int, float) else target
-        important, spurious = (tuple(fields.get(key, ())) for key in ("important", "spurious"))
-        causes = [cause for group in important for causes in group.values() for cause in causes]
-        "".join([input, target, *causes, *spurious]).encode()  # all are texts
-        assert input.strip() and target.strip()
-    except Exception:
-        raise ValueError(f'{source}: {line[:40]!r} is no example: write {{"input": "...", '
-                         '"target": "...", "important": [{"effect": ["cause"]}]}') from None
-    return Example(normalize("NFC", input), normalize("NFC", target), important, spurious, source)
-
-
-def read(path):
-    """The Examples of a JSON Lines file; prints a summary. ValueError for a bad line."""
-    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
-        examples = [parse_example(line, f"{path}:{n}") for n, line in enumerate(file, 1)
-                    if line.strip()]
-    if not examples:
-        raise ValueError(f"{path}: no examples: give one JSON object on each line")
-    edges, causal, _, notes = zip(*map(phrases_to_edges, examples))
-    unused = defaultdict(list)
-    for example, noted in zip(examples, notes):
-        for what, phrase in noted:
-            unused[what].append(f"{phrase!r} in {example.source}")
-    print(f"{path}: {len(examples)} examples; {sum(map(bool, edges))} with edges; "
-          f"{sum(map(bool, causal))} with edges at the answer",
-          *(f"{len(where)} phrases {what}, such as {where[0]}" for what, where in unused.items()),
-          sep="; ")
+            examples.append(example)
     return examples
 
 
-def dump(example):
-    """An Example as the line of JSON that `read` reads."""
-    fields = {key: value for key, value in vars(example).items() if value and key != "source"}
-    return json.dumps(fields, ensure_ascii=False) + "\n"
+# ----------------------------------------------------------------------------
+# 2 Labelled text: phrases in a file become spans
+
+# One value, such as 8, -6.9, .5, 1,000, 1/3, 7:50, 2024-05-06 or 1e-5.
+NUMBER = re.compile(r"""
+    (?<!\w)                    # not in a word, as in B12
+    (?<!\d[.,:/–-])            # not in the middle of a number
+    (?<![^\W\d_][-–−])         # not after a letter and a hyphen, as in F-16
+    (?: (?<![\w%°)]) [-−] )?   # a minus stands after a blank; "5-6" has a hyphen
+    \.? \d+ (?: [.,:/–-] \d+ )*
+    (?: [eE] [-+]? \d+ )?
+    """, re.VERBOSE)
+
+QUOTES = str.maketrans("‘’‚′“”„″", "''''" + '""""')  # curly quotes are found by straight ones
+JOINERS = "\u00ad\u200c\u200d\u2060"  # soft hyphen, zero-width joiners, word joiner
+UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR")  # no blanks
+MOST_PLACES = 100  # a phrase that stands in more places says nothing
 
 
-def overlapping(span, spans):
-    """Indices of the spans, such as offsets of tokens, that share a character with one."""
-    return [i for i, (a, b) in enumerate(spans) if a < span[1] and span[0] < b]
+def is_mark(char):
+    """True for what belongs to the character before it, such as an accent or a vowel sign."""
+    return char in JOINERS or unicodedata.category(char).startswith("M")
 
 
-# "Name: number" with its unit
-ITEM = re.compile(r"(?:^|(?<=[,;:.?!]\s))([^\W\d_](?:[^,;:.?!]|\.(?=\S))*): " + NUMBER.pattern
-                  + r"[\w%]*(?=[,;.]?(?:\s|$))")
+def is_letter(char):
+    """True for a letter or digit of a script that puts blanks between its words."""
+    if char.isascii():
+        return char.isalnum() or char == "_"
+    return char.isalnum() and not unicodedata.name(char, "").startswith(UNSPACED)
+
+
+def inner_places(text):
+    """The places in a text that lie within a word or a number, where no phrase begins or ends:
+    "he" does not stand in "the", nor 5 in 2.5."""
+    inner = set()
+    for place in range(1, len(text)):
+        before, after = text[place - 1], text[place]
+        if is_mark(after):
+            inner.add(place)
+        elif is_letter(after) and (is_letter(before) or is_mark(before)):
+            inner.add(place)
+    for joint in re.finditer(r"\d[.,:/–-](?=\d)", text):
+        inner.update([joint.end() - 1, joint.end()])
+    for number in NUMBER.finditer(text):
+        inner.update(range(number.start() + 1, number.end()))
+    return inner
+
+
+@lru_cache(maxsize=10_000)  # the same phrases come in many lines
+def pattern_of(phrase):
+    """A pattern that finds a phrase in either case and with any white space between its words."""
+    return re.compile(r"\s+".join(re.escape(word) for word in phrase.split()), re.IGNORECASE)
+
+
+def find(text, phrase, inner, starts=(0,)):
+    """The spans of a phrase in a text, and whether they are whole words and numbers.
+
+    Whole words come first, then places inside words. starts are the places to search from, tried
+    in turn. Where the phrase stands as it is written, places in another case are left out.
+    """
+    text = text.translate(QUOTES)
+    phrase = unicodedata.normalize("NFC", phrase).translate(QUOTES)
+    if not phrase.strip():
+        return [], True
+    for whole in (True, False):
+        for start in starts:
+            spans, as_written = [], []
+            for match in pattern_of(phrase).finditer(text, start):
+                if whole and (match.start() in inner or match.end() in inner):
+                    continue
+                spans.append(match.span())
+                if match.group().split() == phrase.split():
+                    as_written.append(match.span())
+            spans = as_written or spans
+            if len(spans) > MOST_PLACES:
+                return [], whole
+            if spans:
+                return spans, whole
+    return [], True
+
+
+def link(input, target, important, spurious=(), source=""):
+    """The Example of a text with phrases, and notes on phrases that are of no use.
+
+    important is [(effect, [causes])], spurious a list, all phrases. A cause counts wherever it
+    stands before its effect. The notes are (what is wrong, phrase).
+    """
+    text = input + target
+    inner = inner_places(text)
+    inner.discard(len(input))  # the target starts a word, even right behind a letter
+    notes = []
+
+    def places(text, phrase, starts=(0,)):
+        spans, whole = find(text, phrase, inner, starts)
+        if not spans:
+            notes.append((f"not found, or in over {MOST_PLACES} places", phrase))
+        elif not whole:
+            notes.append(("found only inside words", phrase))
+        return spans
+
+    edges = {}  # a dict holds each edge once, in order
+    for effect, causes in important:
+        effects = places(text, effect, starts=(len(input), 0))  # in the target, or else anywhere
+        if not effects:
+            continue
+        for cause in causes:
+            found = places(text, cause)
+            late = True
+            for effect_span in effects:
+                for cause_span in found:
+                    if cause_span[1] <= effect_span[0]:
+                        edges[effect_span, cause_span] = True
+                        late = False
+            if found and late:
+                notes.append(("not before its effect", cause))
+    spurious_spans = []
+    for phrase in spurious:
+        spurious_spans += places(input, phrase)
+    return Example(input, target, list(edges), spurious_spans, source), notes
+
+
+def no_equal_keys(pairs):
+    """A JSON object as a dict, which alone would keep the last of equal keys."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return fields
+
+
+def is_text(value):
+    """True for a string without the halves of characters that JSON lets through, as in "\\ud83d"."""
+    return isinstance(value, str) and value.encode(errors="replace").decode() == value
+
+
+def parse_labels(important):
+    """[(effect, [causes])] of what stands under "important", and a list of what is no label. null
+    is as if it were not there."""
+    pairs, wrong = [], []
+    groups = important if isinstance(important, list) else [important]
+    for group in groups:
+        if group is None:
+            continue
+        if not isinstance(group, dict):
+            wrong.append(group)
+            continue
+        for effect, causes in group.items():
+            if not isinstance(causes, list):
+                causes = [causes]
+            causes = [cause for cause in causes if cause is not None]
+            if not all(is_text(phrase) for phrase in [effect] + causes):
+                wrong.append({effect: causes})
+            elif causes:
+                pairs.append((effect, causes))
+    return pairs, wrong
+
+
+def text_of(fields, name, source):
+    """The text under a name in a line of a file; a number is as good as a text."""
+    value = fields.get(name)
+    finite = isinstance(value, float) and math.isfinite(value)
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if finite or whole:
+        value = str(value)
+    if not is_text(value) or not value.strip():
+        found = json.dumps(value)[:40] if name in fields else "not there"
+        raise UserError(f'{source}: "{name}" is {found}: give a text, in UTF-8')
+    return unicodedata.normalize("NFC", value)
+
+
+def read_fields(path):
+    """The lines of a JSON Lines file as dicts with input, target, important [(effect, [causes])],
+    spurious, wrong (what is no label) and source."""
+    rows = []
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+        lines = file.readlines()
+    for number, line in enumerate(lines, 1):
+        source = f"{path}:{number}"
+        if not line.strip():
+            continue
+        try:
+            fields = json.loads(line, object_pairs_hook=no_equal_keys)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{source}: no JSON: {error}") from None
+        if not isinstance(fields, dict):
+            raise UserError(f'{source}: {line.strip()[:40]} is no object: write {{"input": "...", '
+                            '"target": "...", "important": [{"effect": ["cause"]}]}')
+        important, wrong = parse_labels(fields.get("important"))
+        spurious = fields.get("spurious") or []
+        if not isinstance(spurious, list):
+            spurious = [spurious]
+        wrong += [phrase for phrase in spurious if phrase is not None and not is_text(phrase)]
+        rows.append({
+            "input": text_of(fields, "input", source),
+            "target": text_of(fields, "target", source),
+            "important": important,
+            "spurious": [phrase for phrase in spurious if is_text(phrase)],
+            "wrong": wrong,
+            "source": source,
+        })
+    if not rows:
+        raise UserError(f"{path}: no examples: give one JSON object on each line")
+    return rows
+
+
+def read(path):
+    """The Examples of a JSON Lines file. Prints how many there are, and what is of no use."""
+    examples = []
+    notes = {}  # what is wrong: [the phrase and its line]
+    for row in read_fields(path):
+        example, useless = link(row["input"], row["target"], row["important"], row["spurious"],
+                                row["source"])
+        examples.append(example)
+        useless += [("no label", label) for label in row["wrong"]]
+        for what, phrase in useless:
+            notes.setdefault(what, []).append(f"{phrase!r:.60} in {row['source']}")
+    with_causes = [example for example in examples if example.edges]
+    print(f"{path}: {len(examples)} examples, {len(with_causes)} of them with causes")
+    for what, phrases in notes.items():
+        print(f"{path}: {what}: {len(phrases)}, the first {phrases[0]}")
+    return examples
+
+
+def narrow(text, span):
+    """The spans of the numbers in a span, 8 in "Smoking: 8", or the span if it has none."""
+    numbers = [number.span() for number in NUMBER.finditer(text, *span)]
+    return numbers or [span]
+
+
+CAUSES = ("value", "span", "spurious", "random")
+
+
+def choose_causes(example, how, rng):
+    """The example with those causes that it is to be trained with. how is
+
+    value     the numbers of each cause, 8 in "Smoking: 8", or all of it if it has none
+    span      each cause whole
+    spurious  the spurious numbers instead of the causes: a control
+    random    as many other numbers of the input instead, drawn from rng: a control
+    """
+    if how == "span":
+        return example
+    text = example.input + example.target
+    spurious = []
+    for span in example.spurious:
+        spurious += narrow(text, span)
+    edges = []
+    for effect, cause in example.edges:
+        for number in narrow(text, cause):
+            edges.append((effect, number))
+    if how == "value" or not edges:
+        return replace(example, edges=edges, spurious=spurious)
+
+    causes = {cause for _, cause in edges}
+    if how == "spurious":
+        if not spurious:
+            raise UserError(f'{example.source}: no "spurious" phrases, which --causes spurious '
+                            "needs: name them, or give --causes value")
+        wrong = spurious
+    else:
+        numbers = [number.span() for number in NUMBER.finditer(example.input)]
+        others = [number for number in numbers if number not in causes]
+        wrong = rng.sample(others, min(len(causes), len(others)))
+    wrong_edges = {}  # a dict holds each edge once, in order
+    for effect, _ in edges:
+        for cause in wrong:
+            if cause[1] <= effect[0]:
+                wrong_edges[effect, cause] = True
+    return replace(example, edges=list(wrong_edges), spurious=spurious)
 
 
 def hold_out(examples, share, seed):
-    """(train, {"iid": ..., "ood": ...}): a share, 0 to 1, of the different inputs is held out; ood
-    is what `redraw` changes of it. ValueError for an empty part."""
+    """(train, held out): a share, between 0 and 1, of the different inputs is held out."""
     inputs = sorted({example.input for example in examples})
     n = round(share * len(inputs)) if 0 < share < 1 else 0
-    if n in (0, len(inputs)):
-        raise ValueError(f"--val is {share:g}: give a share between 0 and 1, and more examples")
-    held_out = {*random.Random(seed).sample(inputs, n)}
-    train, iid = ([e for e in examples if (e.input in held_out) == held] for held in (False, True))
-    ood = [new for old, new in zip(iid, redraw(iid, seed)) if new.input != old.input]
-    return train, {"iid": iid, "ood": ood}
+    if not 0 < n < len(inputs):
+        raise UserError(f"--val is {share:g}: give a share between 0 and 1 that leaves examples "
+                        f"on both sides of {len(inputs)} different inputs")
+    held = set(random.Random(seed).sample(inputs, n))
+    train = [example for example in examples if example.input not in held]
+    return train, [example for example in examples if example.input in held]
 
 
-def moved(example, **fields):
-    """The example with other fields; as it is when that loses an edge or role."""
-    other = replace(example, **fields)
-    counts = lambda e: [*map(len, phrases_to_edges(e)[:3])]
-    return other if counts(other) == counts(example) else example
+# ----------------------------------------------------------------------------
+# 3 Tokens: spans become (query, key) pairs
 
+END = "<|endoftext|>"  # the token that closes every answer
 
-def redraw(examples, seed):
-    """The examples with the spurious phrases of a random one in the places of theirs; [] when none
-    has any."""
-    rng, redrawn, pool = random.Random(seed), [], defaultdict(list)
-    for e in examples:
-        pool[len(e.spurious)].append(e.spurious)
-    for example in examples if any(pool) else ():
-        text, old = example.input, example.spurious
-        new = rng.choice(pool[len(old)])
-        places = {span: b for a, b in zip(old, new) for span in find(text, a, [])}
-        for (start, end), phrase in sorted(places.items(), reverse=True):
-            text = text[:start] + phrase + text[end:]
-        redrawn.append(moved(example, input=text, spurious=new))
-    return redrawn
-
-
-def reorder(example, rng):
-    """The example with its "Name: number" items in another order; as it is when words stand between
-    them or two have one name; see `moved`."""
-    text, items = example.input, list(ITEM.finditer(example.input))
-    between = "".join(text[a.end():b.start()] for a, b in pairwise(items))
-    if len({item[1].lower() for item in items}) < len(items) or re.search(r"\w", between):
-        return example
-    others = iter(rng.sample([item[0] for item in items], len(items)))
-    return moved(example, input=ITEM.sub(lambda _: next(others), text))
-
-
-def mislabel(example, how, rng):
-    """A control: the "spurious" phrases, or three "random" items, are called causes."""
-    phrases = example.spurious
-    if how == "random":
-        items = [item[0] for item in ITEM.finditer(example.input)]
-        phrases = rng.sample(items, min(3, len(items)))
-    return replace(example, important=({example.target: phrases},))
-
-
-# ": " is one token, so that a prompt that ends in a blank is cut where training cut it
+# How a text is cut before it is looked up: numbers of up to three digits, words with the blank
+# before them, marks with the blanks behind them. So ": " is one token, and a question that ends in
+# it is cut where training cut it.
 PATTERN = r"\d{1,3}| ?[^\s\d!-/:-@\[-`{-~]+|[!-/:-@\[-`{-~]+\s*|\s+"
 
 
+def tokenizer_of(pieces, pattern=PATTERN):
+    """A tiktoken.Encoding whose tokens are pieces, a list of bytes, and END."""
+    ranks = {piece: i for i, piece in enumerate(pieces)}
+    return tiktoken.Encoding("cat", pat_str=pattern, mergeable_ranks=ranks,
+                             special_tokens={END: len(ranks)})
+
+
 def build_tokenizer(texts):
-    """A byte-level tiktoken.Encoding for any text. One token: END, each byte, each number of up to
-    three digits in texts, each word or mark that occurs twice."""
-    counts = Counter(piece for text in texts for piece in re.findall(PATTERN, text))
-    pieces = [piece.encode() for piece, n in counts.most_common() if n > 1 or piece.isdecimal()]
-    pieces = dict.fromkeys([*(bytes([i]) for i in range(256)), *pieces])
-    return tiktoken.Encoding("game", pat_str=PATTERN, special_tokens={END: len(pieces)},
-                             mergeable_ranks={piece: i for i, piece in enumerate(pieces)})
+    """A tokenizer for any text: a token for each byte, for each number of up to three digits that
+    occurs in texts, and for each word or mark that occurs twice."""
+    counts = Counter()
+    for text in texts:
+        counts.update(re.findall(PATTERN, text))
+    pieces = [bytes([i]) for i in range(256)]
+    for piece, n in counts.most_common():
+        piece_bytes = piece.encode()
+        if len(piece_bytes) > 1 and (n > 1 or piece.isdecimal()):
+            pieces.append(piece_bytes)
+    return tokenizer_of(pieces)
 
 
-def character_offsets(tokenizer, tokens):
-    """[(start, end)] of each token in characters; tokens of one character have the same place."""
+def pieces_of(tokenizer):
+    """The list of bytes that `tokenizer_of` makes the tokenizer from."""
+    return [tokenizer.decode_single_token_bytes(i) for i in range(tokenizer.n_vocab - 1)]
+
+
+def token_offsets(tokenizer, tokens):
+    """The span of each token. Tokens that are bytes of one character have the same span."""
     text, starts = tokenizer.decode_with_offsets(tokens)
-    return [(a, max(a + 1, b)) for a, b in pairwise([*starts, len(text)])]
+    offsets = []
+    for start, end in zip(starts, starts[1:] + [len(text)]):
+        offsets.append((start, max(end, start + 1)))
+    return offsets
 
 
-def character_tokens(tokenizer, tokens):
-    """Tokens as [(text, [positions])]; the bytes of one character are together."""
-    text, offsets = tokenizer.decode(tokens), character_offsets(tokenizer, tokens)
-    return [(text[a:b], list(positions))
-            for (a, b), positions in groupby(range(len(tokens)), offsets.__getitem__)]
+def tokens_in(span, offsets):
+    """The positions of the tokens that share a character with a span."""
+    start, end = span
+    return [t for t, (a, b) in enumerate(offsets) if a < end and start < b]
 
 
 def token_edges(edges, offsets):
-    """Edges between spans as sorted (query, key) pairs of tokens, for any tokenizer.
+    """Edges between spans as a sorted list of (query, key), positions of tokens.
 
-    offsets: [(start, end)] of the tokens in characters, as fast tokenizers return; (0, 0): no text.
-    A decoder predicts token t + 1 at position t: the queries of an effect on tokens s..e are
-    s-1..e-1. Keys are the cause's tokens before s."""
+    offsets are the spans of the tokens as any fast tokenizer returns them; (0, 0) is no text. An
+    effect on the tokens s..e is supervised at the queries s-1..e-1 that predict it; the keys are
+    the cause's tokens before s.
+    """
     pairs = set()
     for effect, cause in edges:
-        predicted, keys = overlapping(effect, offsets), overlapping(cause, offsets)
-        pairs.update((t - 1, key) for t in predicted for key in keys if key < predicted[0])
+        effect_tokens = tokens_in(effect, offsets)
+        cause_tokens = tokens_in(cause, offsets)
+        for t in effect_tokens:
+            # A decoder predicts token t from what it knows at position t - 1. At t itself it is
+            # too late: there the token is already known.
+            query = t - 1
+            for key in cause_tokens:
+                if key < effect_tokens[0]:
+                    pairs.add((query, key))
     return sorted(pairs)
 
 
-def narrow(text, span, how="value"):
-    """The spans of numbers in a span, "8" in "Smoking: 8"; without any, or as "span", the span."""
-    numbers = [number.span() for number in NUMBER.finditer(text, *span)]
-    return numbers if numbers and how != "span" else [span]
+# An item ends with a number that stands alone or with a separator. A comma or point between two
+# digits is none.
+SEPARATOR = r"[;?!|\t\n\r，。；？！、،؛؟।] | (?<!\d)[,.] | [,.](?!\d)"
+ITEM_END = re.compile(rf"{NUMBER.pattern} | {SEPARATOR}", re.VERBOSE)
 
 
-@dataclass(frozen=True)
-class Dataset:
-    """N encoded examples, padded on the right to T tokens."""
-    tokenizer: tiktoken.Encoding
-    idx: torch.Tensor  # (N, T) token ids
-    targets: torch.Tensor  # (N, T) the next token, -100 where there is none
-    answer: torch.Tensor  # (N, T) bool: predicts a token of the answer or END
-    role: torch.Tensor  # (N, T) index into ROLES
-    item: torch.Tensor  # (N, T) where the item of a cause or effect starts, else no token
-    edges: torch.Tensor  # (N, E, 2) query and key of each edge, T where there is none
+def item_start(text, span, ends):
+    """Where the item around a span starts: for the 8 of "Smoking: 8" at the S. ends are the places
+    where items of the text end, from `item_ends`."""
+    start = max(end for end in ends if end <= span[0])
+    while start < span[0] and text[start].isspace():
+        start += 1
+    return start
 
 
-# what stands before an item, up to a separator or number: the item of "8" is "Smoking: 8"
-BEFORE_ITEM = re.compile(rf"(?s)(?:.*(?:[,;.?!]\s|\n|{NUMBER.pattern})\s*)?")
+def item_ends(example):
+    """The places where items end in input + target, and its start."""
+    ends = [0]
+    for match in ITEM_END.finditer(example.input):
+        ends.append(match.end())
+    for match in ITEM_END.finditer(example.target):
+        ends.append(len(example.input) + match.end())
+    return ends
 
 
-def encode(examples, tokenizer, how="value", device="cpu"):
-    """Examples to a Dataset. how: see `narrow`."""
-    end, encoded = tokenizer.encode_single_token(END), []
-    for example in examples:
-        text, prompt = example.input + example.target, tokenizer.encode_ordinary(example.input)
-        tokens = prompt + tokenizer.encode_ordinary(example.target)  # apart, as when asked
-        offsets, T = character_offsets(tokenizer, tokens), len(tokens)
-        answer, role, item = [t >= len(prompt) - 1 for t in range(T)], [0] * T, [T] * T
-        edges, causal, spurious, _ = phrases_to_edges(example)
-        for r, spans in (2, spurious), (1, causal):  # what is called both is causal
-            for part in sum((narrow(text, span, how) for span in spans), []):
-                for t in overlapping(part, offsets):
-                    role[t] = r
-        edges = [(effect, part) for effect, cause in edges for part in narrow(text, cause, how)]
-        for span in {span for edge in edges for span in edge}:
-            start = BEFORE_ITEM.match(text, 0, span[0]).end()
-            inside = overlapping((start, span[1]), offsets)
-            for t in inside:
-                item[t] = min(item[t], inside[0])
-        pairs = torch.tensor(token_edges(edges, offsets), dtype=torch.long).view(-1, 2)
-        columns = tokens, tokens[1:] + [end], answer, role, item
-        encoded.append((*map(torch.tensor, columns), pairs))
-    T = max(len(tokens) for tokens, *_ in encoded)
-    tensors = [pad_sequence(column, batch_first=True, padding_value=value).to(device)
-               for column, value in zip(zip(*encoded), (end, -100, False, 0, T, T))]
-    return Dataset(tokenizer, *tensors)
+OUTSIDE = 10**9  # where the item of a token starts that is in none: after all tokens
 
 
-def adjacency_of(data, ix):
-    """(B, T, T), bool, for the examples ix, (B,): [b, i, j] is an edge from query i to key j."""
-    B, T = len(ix), data.idx.shape[1]
-    query, key = data.edges[ix].unbind(-1)  # (B, E) each
-    adjacency = torch.zeros(B, T + 1, T + 1, dtype=torch.bool, device=query.device)
-    adjacency[torch.arange(B)[:, None], query, key] = True
-    return adjacency[:, :T, :T]
+@dataclass
+class Encoded:
+    """The tensors of one Example of T tokens."""
+    idx: torch.Tensor  # (T,) token ids
+    targets: torch.Tensor  # (T,) the next token of each
+    answer: torch.Tensor  # (T,) bool: predicts a token of the answer, or END
+    causal: torch.Tensor  # (T,) bool: holds a cause of the answer
+    spurious: torch.Tensor  # (T,) bool: holds what is called spurious and is no cause
+    item: torch.Tensor  # (T,) first token of the item of a cause or effect, or OUTSIDE
+    edges: torch.Tensor  # (E, 2) query and key of each edge
+    source: str
 
 
-def inside_of(data, ix):
-    """(B, T, T), bool, for the layers below: a token of an item looks inside it, up to itself. Not
-    shifted by one: it is about what a token holds, not what it predicts."""
-    position = torch.arange(data.idx.shape[1], device=data.idx.device)
-    return (data.item[ix][:, :, None] <= position) & (position <= position[:, None])
+def encode(example, tokenizer):
+    """The Encoded of an Example."""
+    text = example.input + example.target
+    # The answer is cut apart from the question, as it is when the model is asked.
+    prompt = tokenizer.encode_ordinary(example.input)
+    tokens = prompt + tokenizer.encode_ordinary(example.target)
+    offsets = token_offsets(tokenizer, tokens)
+    T = len(tokens)
+
+    # The last token of the question predicts the first of the answer.
+    answer = [t >= len(prompt) - 1 for t in range(T)]
+
+    pairs = token_edges(example.edges, offsets)
+    causal, spurious = [False] * T, [False] * T
+    for span in example.spurious:
+        for t in tokens_in(span, offsets):
+            spurious[t] = True
+    for query, key in pairs:
+        if answer[query]:
+            causal[key] = True
+            spurious[key] = False  # what is called both is causal
+
+    item = [OUTSIDE] * T
+    ends = item_ends(example)
+    for span in {span for edge in example.edges for span in edge}:
+        inside = tokens_in((item_start(text, span, ends), span[1]), offsets)
+        for t in inside:
+            item[t] = min(item[t], inside[0])  # where two items overlap, the earlier one counts
+
+    return Encoded(
+        idx=torch.tensor(tokens),
+        targets=torch.tensor(tokens[1:] + [tokenizer.encode_single_token(END)]),
+        answer=torch.tensor(answer),
+        causal=torch.tensor(causal),
+        spurious=torch.tensor(spurious),
+        item=torch.tensor(item),
+        edges=torch.tensor(pairs, dtype=torch.long).view(-1, 2),
+        source=example.source,
+    )
 
 
-def show(file, row):
-    """Prints the text of an example and which part of it should look at which."""
-    for example in read(file)[row - 1:row]:
-        text = example.input + example.target
-        print(text)
-        for (a, b), cause in phrases_to_edges(example)[0]:
-            for c, d in narrow(text, cause):
-                print(f"{text[a:b]!r} at {a} should look at {text[c:d]!r} at {c}")
+# ----------------------------------------------------------------------------
+# 4 Batches: as long as their own longest example
+
+@dataclass
+class Batch:
+    """B examples, padded on the right to the T tokens of the longest."""
+    idx: torch.Tensor  # (B, T)
+    targets: torch.Tensor  # (B, T), -100 on padding
+    answer: torch.Tensor  # (B, T) bool
+    causal: torch.Tensor  # (B, T) bool
+    spurious: torch.Tensor  # (B, T) bool
+    adjacency: torch.Tensor  # (B, T, T) bool: query i should look at key j
+    inside: torch.Tensor  # (B, T, T) bool: key j is in the item of token i, and not after it
 
 
-def save(game, rows, ood, seed, out):
-    """Writes a file of examples."""
-    examples = generate(GAMES[game], rows, ood, seed)
-    with open(out, "w", encoding="utf-8") as file:
-        file.writelines(map(dump, examples))
+def collate(examples, device="cpu"):
+    """A Batch of Encoded examples on a device."""
+    def padded(name, value):
+        columns = [getattr(example, name) for example in examples]
+        return pad_sequence(columns, batch_first=True, padding_value=value)  # (B, T)
+
+    idx = padded("idx", 0)
+    B, T = idx.shape
+    n_edges = torch.tensor([len(example.edges) for example in examples])
+    b = torch.arange(B).repeat_interleave(n_edges)  # the example of each edge
+    query, key = torch.cat([example.edges for example in examples]).unbind(dim=1)
+    adjacency = torch.zeros(B, T, T, dtype=torch.bool)
+    adjacency[b, query, key] = True
+
+    # Row i of `inside` is about what token i holds, not about what it predicts: it is not shifted.
+    item = padded("item", OUTSIDE)
+    position = torch.arange(T)
+    inside = (item[:, :, None] <= position) & (position <= position[:, None])  # (B, T, T)
+
+    return Batch(
+        idx=idx.to(device),
+        targets=padded("targets", -100).to(device),
+        answer=padded("answer", False).to(device),
+        causal=padded("causal", False).to(device),
+        spurious=padded("spurious", False).to(device),
+        adjacency=adjacency.to(device),
+        inside=inside.to(device),
+    )
 
 
-texts = lambda example: (example.input, example.target)
+# ----------------------------------------------------------------------------
+# 5 Labels by an assistant, and the commands (to be skipped at first)
+
 INSTRUCTION = """In each line below "important" says which phrases of input and target decide which
 later ones, [{effect: [causes]}]; the effect is most often the target. Copy phrases letter by
-letter. Reply with the "important" of the last line alone.
+letter. Reply with the "important" of the last line alone, as JSON, and nothing after it.
 
 """
 
-
-def parse_reply(reply, example):
-    """The example with the labels of a reply: JSON objects or a list of them, with an edge.
-    ValueError, AttributeError or RecursionError for anything else."""
-    rest, important = reply.rpartition("</think>")[2][:20_000], []  # before stands a draft
-    rest = rest[re.search(r"<think>|\{|\[\s*\{|\Z", rest).start():]
-    while rest.startswith(("{", "[")):
-        value, end = json.JSONDecoder(object_pairs_hook=as_lists).raw_decode(rest)
-        rest = rest[end:].lstrip(", \r\n\t")
-        for group in value if isinstance(value, list) else [value]:
-            if group.get("input", [example.input]) != [example.input]:
-                raise ValueError("echo of the prompt")
-            important += group.get("important", [group])
-    labelled = parse_example(dump(replace(example, important=important)), example.source)
-    if "{" in rest or not phrases_to_edges(labelled)[0]:
-        raise ValueError("words between objects, or no phrases of the text")
-    return labelled
+# What models print around a draft that is not meant as the answer.
+DRAFTS = [
+    ("<think>", "</think>"),
+    ("<thinking>", "</thinking>"),
+    ("<reasoning>", "</reasoning>"),
+    ("[THINK]", "[/THINK]"),
+    ("<|channel|>analysis", "<|channel|>final<|message|>"),
+    ("Thinking...", "...done thinking."),
+]
 
 
-def annotate(questions, demos, assistant, out):
-    """Labels the examples of a file, from some labelled by hand, as the paper does.
+def to_line(input, target, important=(), spurious=()):
+    """A line of a JSON Lines file as `read` reads it; important is [(effect, [causes])]."""
+    fields = {"input": input, "target": target}
+    if important:
+        fields["important"] = [{effect: causes} for effect, causes in important]
+    if spurious:
+        fields["spurious"] = list(spurious)
+    return json.dumps(fields, ensure_ascii=False) + "\n"
 
-    questions, demos, out: JSON Lines files. assistant: a command that reads a prompt and prints a
-    reply; a usable one is a line of out at once, and not asked for again. ValueError, OSError."""
-    command, examples, failed = shlex.split(assistant) or [""], read(questions), []
-    prompt = INSTRUCTION + "".join(map(dump, read(demos)))
-    open(out, "a").close()  # raises now where nothing can be written
-    done = {*map(texts, read(out))} if os.path.getsize(out) else ()
-    for example in tqdm([e for e in examples if texts(e) not in done], disable=None):
-        question = prompt + dump(Example(*texts(example)))
+
+def parse_reply(reply):
+    """The labels [(effect, [causes])] in an assistant's reply. ValueError if there are none.
+
+    After any draft, words without brackets may stand before the one JSON value that ends the
+    reply: {effect: [causes]}, a list of these, or {"important": [...]}.
+    """
+    for _, end in DRAFTS:
+        reply = reply.rpartition(end)[2]
+    for start, _ in DRAFTS:
+        if start in reply:
+            raise ValueError("a draft that does not end")
+    reply = reply.strip().removesuffix("```").strip()
+    bracket = re.search(r"[\[{]", reply)
+    if bracket is None:
+        raise ValueError("no JSON in the reply")
+    try:
+        value = json.loads(reply[bracket.start():], object_pairs_hook=no_equal_keys)
+    except RecursionError:
+        raise ValueError("too many brackets") from None
+    if isinstance(value, dict) and "important" in value and len(value) == 1:
+        value = value["important"]
+    for group in value if isinstance(value, list) else [value]:
+        if isinstance(group, dict) and "input" in group:
+            raise ValueError("an echo of the question")
+    pairs, wrong = parse_labels(value)
+    if wrong:
+        raise ValueError(f"no label: {wrong[0]!r:.60}")
+    return pairs
+
+
+def run_assistant(command, prompt, timeout):
+    """What a command, run by the platform's shell, prints when it is given a prompt. ValueError
+    when it fails or takes more than timeout seconds."""
+    posix = os.name == "posix"
+    process = subprocess.Popen(command, shell=True, encoding="utf-8", errors="replace",
+                               start_new_session=posix, stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE)
+    try:
+        reply, _ = process.communicate(prompt, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"no reply in {timeout} seconds") from None
+    finally:
+        # After a time-out or Ctrl-C, what the shell has started must end with it.
+        if process.poll() is None and posix:
+            os.killpg(process.pid, signal.SIGKILL)
+        elif process.poll() is None:
+            subprocess.run(["taskkill", "/F", "/T", "/PID", str(process.pid)])
+        process.wait()
+    if process.returncode in (126, 127, 9009):  # what shells say of a command that is not there
+        raise UserError(f"--assistant {command!r}: the shell can't run it: give a command that "
+                        "reads a prompt and prints a reply")
+    if process.returncode != 0:
+        raise ValueError(f"the command failed with code {process.returncode}")
+    return reply
+
+
+def annotate(questions, demos, assistant, out, timeout=300):
+    """Labels the examples of the file questions, given some labelled by hand in demos (the paper's
+    way to supervision). Each usable reply becomes a line of out at once; what stands in out is not
+    asked for again."""
+    rows = read_fields(questions)
+    prompt = INSTRUCTION
+    for demo in read_fields(demos):
+        prompt += to_line(demo["input"], demo["target"], demo["important"])
+    with open(out, "a+", encoding="utf-8", errors="surrogateescape") as file:
+        file.seek(0)
+        before = file.read()
+        if before and not before.endswith("\n"):
+            file.write("\n")
+    done = set()
+    if before.strip():
+        done = {(row["input"], row["target"]) for row in read_fields(out)}
+
+    unusable = []
+    todo = [row for row in rows if (row["input"], row["target"]) not in done]
+    for row in tqdm(todo, disable=None):
+        question = prompt + to_line(row["input"], row["target"])
         try:
-            reply = subprocess.run(command, input=question, timeout=300, check=True,
-                                   capture_output=True, encoding="utf-8").stdout
-            line = dump(parse_reply(reply, example))
-        except (ValueError, AttributeError, RecursionError, subprocess.SubprocessError) as error:
-            failed.append(f"{example.source}: {error}")
+            important = parse_reply(run_assistant(assistant, question, timeout))
+            example, _ = link(row["input"], row["target"], important)
+            if not example.edges:
+                raise ValueError("no cause that stands before its effect")
+        except ValueError as error:
+            unusable.append(f"{row['source']}: {error}")
             continue
         with open(out, "a", encoding="utf-8") as file:
-            file.write(line)
-    print(f"{len(failed)} without a usable reply", *failed[:1], sep=", such as ")
+            file.write(to_line(row["input"], row["target"], important, row["spurious"]))
+    print(f"{len(todo) - len(unusable)} labelled, {len(unusable)} without a usable reply")
+    if unusable:
+        print(f"the first of them: {unusable[0]}; the same command asks for them again")
 
 
-def check(file, against):
-    """Prints how well labels have the edges of true ones, and the worst examples."""
-    edges = lambda example: {*phrases_to_edges(example)[0]}
-    labelled, truth = read(file), {texts(e): edges(e) for e in read(against)}
-    compared, tp, fp, fn = [], 0, 0, 0
-    for e in (e for e in labelled if texts(e) in truth):
-        predicted, gold = edges(e), truth[texts(e)]
-        missing, extra = ([(e.input + e.target)[slice(*cause)] for _, cause in sorted(part)]
-                          for part in (gold - predicted, predicted - gold))
-        tp, fp, fn = tp + len(gold & predicted), fp + len(extra), fn + len(missing)
-        compared.append((-len(missing + extra), f"{e.source}: missing {missing}, too many {extra}"))
-    print(f"{len(compared)} of {len(labelled)} compared; edges: "
-          f"precision {tp / max(tp + fp, 1):.3f}, recall {tp / max(tp + fn, 1):.3f}, "
-          f"F1 {2 * tp / max(2 * tp + fp + fn, 1):.3f}")
-    print(*(text for _, text in sorted(compared)[:3]), sep="\n")
+def show(file, row):
+    """Prints an example of a file, what should look at what in it, and the item of each cause."""
+    examples = read(file)
+    if not 1 <= row <= len(examples):
+        raise UserError(f"--row is {row}: {file} has the rows 1 to {len(examples)}")
+    example = choose_causes(examples[row - 1], "value", random.Random(0))
+    text = example.input + example.target
+    ends = item_ends(example)
+    print(text)
+    for effect, cause in example.edges:
+        item = text[item_start(text, cause, ends):cause[1]]
+        print(f"{text[slice(*effect)]!r} at {effect[0]} should look at {text[slice(*cause)]!r} "
+              f"at {cause[0]}, in the item {item!r}")
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__)
-    commands = parser.add_subparsers(dest="run", required=True)
-    add = commands.add_parser("show").add_argument
-    add("file")
-    add("--row", type=int, default=1)
-    add = commands.add_parser("generate").add_argument
-    add("game", choices=GAMES)
-    add("--rows", type=int, default=1600)
-    add("--ood", action="store_true")
-    add("--seed", type=int, default=0)
-    add("--out", required=True)
-    add = commands.add_parser("annotate").add_argument
-    add("questions")
-    add("--demos", required=True)
-    add("--assistant", required=True)
-    add("--out", required=True)
-    add = commands.add_parser("check").add_argument
-    add("file")
-    add("--against", required=True)
-    args = vars(parser.parse_args(argv))
-    run = {"show": show, "generate": save, "annotate": annotate, "check": check}[args.pop("run")]
+def game_line(example):
+    """The line of a file for an Example of a game, which must give the same spans again."""
+    text = example.input + example.target
+    inner = inner_places(text)
+    phrases = {}
+    for span in [cause for _, cause in example.edges] + example.spurious:
+        phrases[span] = text[slice(*span)]
+        for start, end in find(text, phrases[span], inner)[0]:
+            if (start, end) != span:
+                item = text[item_start(text, (start, end), item_ends(example)):end]
+                raise UserError(f"{phrases[span]!r} stands in {item!r} too: rename one of them")
+    causes = [phrases[cause] for _, cause in example.edges]
+    spurious = [phrases[span] for span in example.spurious]
+    return to_line(example.input, example.target, [(example.target, causes)], spurious)
+
+
+def save_game(rows, ood, seed, out):
+    lines = [game_line(example) for example in generate(STG, rows, ood, seed)]
+    with open(out, "w", encoding="utf-8") as file:
+        file.writelines(lines)
+    print(f"wrote {len(lines)} examples to {out}")
+
+
+def main(argv):
+    parser = OneLineParser(
+        description="Look at data, write the game to a file, or have questions labelled.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    command = commands.add_parser("show", help="show what should look at what in an example")
+    command.add_argument("file", help="a JSON Lines file")
+    command.add_argument("--row", type=int, default=1, help="which example of it (default: 1)")
+
+    command = commands.add_parser("generate", help="write examples of the game to a file")
+    command.add_argument("--rows", type=int, default=1600, help="how many (default: 1600)")
+    command.add_argument("--ood", action="store_true", help="spurious features do not copy")
+    command.add_argument("--seed", type=int, default=0, help="of the numbers (default: 0)")
+    command.add_argument("--out", required=True, help="the file to write")
+
+    command = commands.add_parser("annotate", help="have questions labelled by an assistant")
+    command.add_argument("questions", help="a JSON Lines file of questions and answers")
+    command.add_argument("--demos", required=True, help="a file with a few labelled by hand")
+    command.add_argument("--assistant", required=True,
+                         help="a shell command that reads a prompt and prints a reply")
+    command.add_argument("--out", required=True, help="the file for the labelled examples")
+
+    args = parser.parse_args(argv)
+    if args.command == "show":
+        show(args.file, args.row)
+    elif args.command == "generate":
+        save_game(args.rows, args.ood, args.seed, args.out)
+    else:
+        annotate(args.questions, args.demos, args.assistant, args.out)
+
+
+def run_main(main, on_interrupt):
+    """Runs a program's main on the command line; a mistake of its user ends it with one line."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # what can't be printed is escaped
     try:
-        run(**args)
-    except (ValueError, OSError, KeyboardInterrupt) as error:
-        parser.exit(2, f"data.py: {str(error) or 'interrupted: the same command goes on'}\n")
+        main(sys.argv[1:])
+    except (UserError, OSError) as error:  # OSError: a file that is not there, a full disk
+        print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(on_interrupt, file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main, on_interrupt="interrupted: the same command goes on")

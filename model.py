@@ -1,4 +1,8 @@
-"""A small GPT that returns the attention of every layer, so that a loss can be put on it."""
+"""A small GPT that returns the attention map of every layer, so that a loss can be put on it.
+
+It differs from GPT-2 in what current models such as Qwen3 and OLMo 2 do as well: rotary positions
+instead of learned ones, and queries and keys of a fixed length.
+"""
 import math
 from dataclasses import dataclass
 
@@ -7,122 +11,148 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
-@dataclass(frozen=True)
+@dataclass
 class GPTConfig:
-    """Sizes of the model. ValueError for one that does not fit, with the remedy."""
     vocab_size: int
-    block_size: int = 128  # longest sequence, in tokens
+    block_size: int = 2048  # the longest text, in tokens
     n_layer: int = 2
     n_head: int = 4
-    n_embd: int = 64
+    n_embd: int = 64  # a multiple of 2 * n_head, because rotary positions turn pairs of channels
 
-    def __post_init__(self):
-        for name, value in vars(self).items():
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name} is {value!r}: give a whole number of at least 1")
-        if self.n_embd % (2 * self.n_head):  # rotary positions turn pairs of channels
-            raise ValueError(f"n_embd is {self.n_embd}: give a multiple of {2 * self.n_head}")
+
+def rotary_angles(block_size, head_size):
+    """The cosine and the sine, (block_size, head_size / 2) each, of the angle by which each pair
+    of channels is turned at each position (rotary positions, arXiv 2104.09864)."""
+    frequency = 10000.0 ** (-torch.arange(0, head_size, 2) / head_size)  # (head_size / 2,)
+    angle = torch.outer(torch.arange(block_size), frequency)
+    return angle.cos(), angle.sin()
 
 
 def rotate(x, cos, sin):
-    """Rotary positions (arXiv 2104.09864): turn each pair of channels of x, (B, n_head, T, D), by
-    the angles whose cos and sin, (T, D / 2), are given."""
+    """x, (B, n_head, T, head_size), with channel pairs turned by the angles of their positions.
+    A query's product with a key then depends on how far they are apart, not on where they are."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention, written out so that the map can be returned."""
+
     def __init__(self, config):
         super().__init__()
+        assert config.n_embd % (2 * config.n_head) == 0
         self.n_head = config.n_head
-        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
-        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x, cos, sin, future):
-        """x: (B, T, C); future: (T, T), True above the diagonal. Returns (B, T, C) and the map."""
+    def forward(self, x, cos, sin, causal_mask):
         B, T, C = x.shape
-        qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, n_head, T, D) each
-        # bounds scores by sqrt(D): no key can win all of a head's attention and starve the others
-        q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, n_head, T, T)
-        attn = scores.masked_fill(future, float("-inf")).softmax(dim=-1)
-        y = (attn @ v).transpose(1, 2).reshape(B, T, C)  # heads side by side again
-        return self.proj(y), attn
+        head_size = C // self.n_head
+        q, k, v = self.c_attn(x).split(C, dim=2)
+        q = q.view(B, T, self.n_head, head_size).transpose(1, 2)  # (B, n_head, T, head_size)
+        k = k.view(B, T, self.n_head, head_size).transpose(1, 2)
+        v = v.view(B, T, self.n_head, head_size).transpose(1, 2)
+
+        # Queries and keys of a fixed length bound the scores: no key can win all of a head's
+        # attention early in training and leave the others without a gradient.
+        q = F.rms_norm(q, (head_size,))
+        k = F.rms_norm(k, (head_size,))
+        q = rotate(q, cos, sin) / math.sqrt(head_size)
+        k = rotate(k, cos, sin)
+
+        # Written out, because fused kernels do not return the map.
+        scores = q @ k.transpose(-2, -1) + causal_mask  # (B, n_head, T, T)
+        attn = scores.softmax(dim=-1)
+        y = attn @ v  # (B, n_head, T, head_size)
+        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side
+        return self.c_proj(y), attn
+
+
+class MLP(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.gelu = nn.GELU()
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        return self.c_proj(self.gelu(self.c_fc(x)))
 
 
 class Block(nn.Module):
-    """Pre-norm: attention, then an MLP, each added to the residual stream."""
+
     def __init__(self, config):
         super().__init__()
-        self.norm1 = nn.LayerNorm(config.n_embd)
+        self.ln_1 = nn.LayerNorm(config.n_embd)
         self.attn = CausalSelfAttention(config)
-        self.norm2 = nn.LayerNorm(config.n_embd)
-        self.mlp = nn.Sequential(nn.Linear(config.n_embd, 4 * config.n_embd), nn.GELU(),
-                                 nn.Linear(4 * config.n_embd, config.n_embd))
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, future):
-        y, attn = self.attn(self.norm1(x), cos, sin, future)
+    def forward(self, x, cos, sin, causal_mask):
+        y, attn = self.attn(self.ln_1(x), cos, sin, causal_mask)
         x = x + y
-        return x + self.mlp(self.norm2(x)), attn
+        x = x + self.mlp(self.ln_2(x))
+        return x, attn
 
 
 class GPT(nn.Module):
-    """Decoder-only transformer: `logits, attentions = model(idx)`."""
+
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = nn.LayerNorm(config.n_embd)
-        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        D = config.n_embd // config.n_head
-        # base 100, not the usual 10000: all of a small head's few pairs turn within a short text
-        angles = torch.outer(torch.arange(config.block_size), 100.0 ** (-torch.arange(0, D, 2) / D))
-        future = torch.ones(config.block_size, config.block_size, dtype=torch.bool).triu(1)
-        for name, buffer in ("cos", angles.cos()), ("sin", angles.sin()), ("future", future):
-            self.register_buffer(name, buffer, persistent=False)
-        # Std 1 / sqrt(fan_in) keeps a signal of size 1 through any width; GPT-2's 0.02 is meant for
-        # width 768 and sits on a plateau here. Embeddings start at size 1.
-        for name, weight in self.named_parameters():
-            if name.endswith("bias"):
-                nn.init.zeros_(weight)
-            elif weight.dim() == 2:  # (fan_out, fan_in)
-                nn.init.normal_(weight, std=1 if "embed" in name else weight.shape[1] ** -0.5)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.blocks = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.apply(self._init_weights)
 
-    @torch.no_grad()
-    def start_alike(self, tokenizer):
-        """Half of the channels of each number of a tiktoken.Encoding start as sines and cosines of
-        its value: 7 and 8 begin as neighbours, not as strangers."""
-        numbers = [piece for piece in tokenizer.token_byte_values() if piece.isdigit()]
-        ids = [tokenizer.encode_single_token(piece) for piece in numbers]
-        frequency = 0.5 ** torch.arange(1, self.config.n_embd // 4 + 1)
-        angles = torch.outer(torch.tensor([*map(float, numbers)]), frequency).to(self.embed.weight)
-        waves = math.sqrt(2) * torch.cat((angles.sin(), angles.cos()), dim=1)  # of mean square 1
-        self.embed.weight[ids, :waves.shape[1]] = waves
-        self.head.weight[ids, :waves.shape[1]] = waves / math.sqrt(self.config.n_embd)
+        # These follow from the sizes, so checkpoints do without them.
+        cos, sin = rotary_angles(config.block_size, config.n_embd // config.n_head)
+        causal_mask = torch.full((config.block_size, config.block_size), -math.inf).triu(1)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        self.register_buffer("causal_mask", causal_mask, persistent=False)
+
+    def _init_weights(self, module):
+        # A standard deviation of 1 / sqrt(fan_in) keeps a signal of size 1 through any width.
+        # GPT-2's 0.02 is meant for a width of 768; at 64, training stands still at first.
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=1 / math.sqrt(module.in_features))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=1.0)
 
     def forward(self, idx):
-        """idx: (B, T) token ids, T <= block_size. Returns logits (B, T, vocab_size) and a list of
-        n_layer maps (B, n_head, T, T): rows sum to 1, exactly zero above the diagonal."""
+        """Logits and attention maps for token ids idx, (B, T), of at most block_size tokens.
+
+        Returns logits (B, T, vocab_size) and a list with a map (B, n_head, T, T) for each layer,
+        whose rows sum to 1 and are exactly 0 above the diagonal.
+        """
         T = idx.shape[1]
         if T > self.config.block_size:
-            raise ValueError(f"{T} tokens, over block_size {self.config.block_size}: shorten it")
-        x, attentions = self.embed(idx), []  # (B, T, n_embd)
+            raise ValueError(f"the text has {T} tokens, block_size is {self.config.block_size}")
+        cos, sin = self.cos[:T], self.sin[:T]
+        causal_mask = self.causal_mask[:T, :T]
+
+        x = self.wte(idx)  # (B, T, n_embd)
+        attentions = []
         for block in self.blocks:
-            x, attn = block(x, self.cos[:T], self.sin[:T], self.future[:T, :T])
+            x, attn = block(x, cos, sin, causal_mask)
             attentions.append(attn)
-        return self.head(self.norm(x)), attentions
+        logits = self.lm_head(self.ln_f(x))
+        return logits, attentions
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, stop=None):
-        """Greedy continuation of idx, (1, T): at most max_new_tokens ids, ended early by the id
-        `stop`, not returned, or by block_size."""
+        """The likeliest next tokens after idx, (1, T), one after the other, as a list of ids.
+
+        It ends after max_new_tokens, at a full block, or before the id `stop`.
+        """
         new = []
         while len(new) < max_new_tokens and idx.shape[1] <= self.config.block_size:
-            token = self(idx)[0][:, -1].argmax(dim=-1, keepdim=True)  # (1, 1)
+            logits, _ = self(idx)
+            token = logits[:, -1].argmax(dim=-1, keepdim=True)  # (1, 1)
             if token.item() == stop:
                 break
             new.append(token.item())

@@ -1,326 +1,749 @@
-"""Train a small GPT without and with Causal Attention Tuning (CAT): in and out of distribution."""
+"""Train a small GPT without and with Causal Attention Tuning (CAT), then test both in
+distribution (IID) and out of distribution (OOD).
+
+`python train.py` plays the Spurious Token Game; `python train.py --help` lists the flags.
+"""
 import argparse
+import hashlib
 import html
 import json
 import math
 import os
 import random
+import re
+import statistics
 import sys
+import time
+import unicodedata
 from collections import Counter
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import fmean as mean, stdev
 
+import tiktoken
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from cat import FORMS, average_attention, gamma_at, re_attention_loss
-from data import (EDGES, END, GAMES, ROLES, adjacency_of, build_tokenizer, character_tokens, encode,
-                  generate, hold_out, inside_of, mislabel, read, redraw, reorder)
+from data import (CAUSES, END, PATTERN, STG, OneLineParser, UserError, build_tokenizer,
+                  choose_causes, collate, encode, generate, hold_out, pieces_of, read, run_main,
+                  token_offsets, tokenizer_of)
 from model import GPT, GPTConfig
 
-TEST, WATCH = 1000, 200  # examples of a game to test on, and to watch
+NAMES = {"no-cat": "no CAT", "cat": "CAT"}  # the two runs
+WARM_UP = 0.1  # the share of the training in which the learning rate rises
+WATCHED = 100  # examples to look at during a run
+EVAL_TOKENS = 4096  # in a batch of an evaluation, padding included
+MARKED = 0.05  # --ask marks tokens with at least this share of the attention
+
+# ----------------------------------------------------------------------------
+# Flags
+
+# These may differ when a run is resumed; what they set does not change its results.
+PLACE_FLAGS = ("device", "threads", "out", "resume", "ask")
 
 
 def parse_args(argv):
-    """The flags, and argv."""
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = OneLineParser(description=__doc__, allow_abbrev=False,
+                           formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--runs", nargs="+", choices=["no-cat", "cat"], default=["no-cat", "cat"])
-    add("--game", choices=GAMES, default="STG", help="to generate")
-    add("--rows", type=int, default=8000, help="to train on")
-    for split in "train", "iid", "ood":
-        add(f"--{split}", help="JSON Lines")
-    add("--val", type=float, help="share to test on")
-    add("--orders", type=int, default=1, help='of "Name: number" items')
-    add("--edges", choices=EDGES, default="value", help="what to look at")
-    add("--steps", type=int, help="those of the game; 1200 for a file")
-    add("--batch-size", type=int, default=16, help="examples a step")
-    add("--lr", type=float, default=4e-3, help="falls to 0")
-    add("--form", choices=FORMS, default="each", help="of L_attn")
-    add("--alpha", type=float, default=1000.0, help="ratio to reach")
-    add("--gamma", type=float, default=0.3, help="weight of L_attn")
-    add("--decay", type=float, default=0.0, help="gamma falls by exp(-decay)")
-    add("--layers", type=int, nargs="+", default=[-1], help="that look at the causes")
-    add("--open-path", action="store_true", help="leave the layers below alone")
-    add("--seed", type=int, nargs="+", default=[1], help="of data, weights")
-    devices = ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    devices += ["cuda"] * torch.cuda.is_available()
-    add("--device", choices=devices, default=devices[-1])
-    add("--threads", type=int, default=2, help="of a CPU")
-    add("--out", default="out", help="folder")
-    add("--resume", action="store_true", help="go on in --out")
-    add("--eval", metavar="CHECKPOINT")
-    add("--ask", nargs=2, metavar=("CHECKPOINT", "TEXT"))
+    # data
+    add("--rows", type=int, default=8000, help="examples of the game to train on")
+    add("--test-rows", type=int, default=1000, help="examples of the game for each test")
+    add("--train", metavar="FILE", help="train on a JSON Lines file instead of the game")
+    add("--iid", metavar="FILE", help="test on a file, in distribution")
+    add("--ood", metavar="FILE", help="test on a file, out of distribution")
+    add("--val", type=float, help="test on this share of --train, held out, instead of on files")
+    add("--causes", choices=CAUSES, default="value",
+        help="what to look at: the number of each cause, its whole span, or as controls the "
+             "spurious numbers or random ones")
+    # training
+    add("--runs", nargs="+", choices=["no-cat", "cat"], default=["no-cat", "cat"],
+        help="without CAT, with CAT, or both")
+    add("--seed", type=int, nargs="+", default=[1], help="one or more, of data and weights")
+    add("--steps", type=int, default=1200, help="updates of the weights")
+    add("--batch-size", type=int, default=16, help="examples in a step")
+    add("--lr", type=float, default=6e-3, help="highest learning rate, after warm-up")
+    add("--form", choices=FORMS, default="each", help="form of the Re-Attention loss")
+    add("--alpha", type=float, default=100.0, help="ratio of causal to other attention to reach")
+    add("--gamma", type=float, default=0.3, help="weight of the Re-Attention loss at the start")
+    add("--decay", type=float, default=0.0,
+        help="the weight falls to gamma * exp(-decay) over the training")
+    add("--layers", choices=["last", "all"], default="last",
+        help="whose attention should look at the causes: the last layer's or the mean over all")
+    add("--open-path", action="store_true",
+        help="do not keep the layers below the last inside of items")
+    # place
+    if torch.cuda.is_available():
+        device = "cuda"
+    elif torch.backends.mps.is_available():
+        device = "mps"
+    else:
+        device = "cpu"
+    add("--device", default=device, help="where to train: cpu, cuda or mps")
+    add("--threads", type=int, default=2, help="threads of the CPU")
+    add("--out", default="out", metavar="FOLDER", help="folder for all that is written")
+    add("--resume", action="store_true", help="go on where the same command stopped")
+    add("--ask", nargs=2, metavar=("CHECKPOINT", "QUESTION"),
+        help="have a checkpoint answer a question, and train nothing")
     args = parser.parse_args(argv)
-    args.argv = [word for word in argv if word != "--resume"]
-    if args.steps is None:
-        args.steps = 1200 if args.train else GAMES[args.game].steps
-    for flag in "rows", "steps", "batch_size", "threads":
-        if vars(args)[flag] < 1:
-            parser.error(f"--{flag.replace('_', '-')} is {vars(args)[flag]}: give at least 1")
-    given = [flag for flag in ("train", "iid", "ood", "val") if vars(args)[flag] is not None]
+
+    for name in ("rows", "test_rows", "steps", "batch_size", "threads"):
+        if getattr(args, name) < 1:
+            parser.error(f"{flag(name)} is {getattr(args, name)}: give at least 1")
+    for name in ("lr", "alpha"):
+        if not 0 < getattr(args, name) < math.inf:
+            parser.error(f"{flag(name)} is {getattr(args, name)}: give a number over 0")
+    for name in ("gamma", "decay"):
+        if not 0 <= getattr(args, name) < math.inf:
+            parser.error(f"{flag(name)} is {getattr(args, name)}: give a number of at least 0")
+    for name in ("runs", "seed"):
+        if len(set(getattr(args, name))) < len(getattr(args, name)):
+            parser.error(f"{flag(name)} names one twice: {getattr(args, name)}: give each once")
+    given = [name for name in ("train", "iid", "ood", "val") if getattr(args, name) is not None]
     if given not in ([], ["train", "iid", "ood"], ["train", "val"]):
-        parser.error("give --train --iid --ood, --train --val, or none of them")
-    n = GPTConfig.n_layer
-    if not {*args.layers} <= {*range(-n, n)}:
-        parser.error(f"--layers is {args.layers}: give numbers from 0 to {n - 1}")
+        parser.error(f"only {' '.join(map(flag, given))} given: give --train --iid --ood, or "
+                     "--train --val, or none of them")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError):
+        parser.error(f"--device is {args.device}: this machine has {device}")
     return args
 
 
-def load_data(args, seed):
-    """(train, watched, tested): a Dataset and {split: Dataset} twice; only --val watches what it
-    tests. "redrawn": ood with other spurious phrases."""
-    rng = random.Random(seed)
-    if args.train is None:
-        game, n = GAMES[args.game], TEST + WATCH
-        iid = generate(game, n + args.rows, False, seed)
-        ood = generate(game, n, True, seed, exclude=iid)
-        train, tested = iid[n:], {"iid": iid[:TEST], "ood": ood[:TEST]}
-        watched = {"iid": iid[TEST:n], "ood": ood[TEST:]}
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+# ----------------------------------------------------------------------------
+# Data
+
+@dataclass
+class Data:
+    tokenizer: tiktoken.Encoding
+    train: list  # of Encoded examples
+    watched: dict  # split: Encoded examples to look at during a run
+    tested: dict  # split: Encoded examples to test on; "redrawn" is ood with other spurious numbers
+    prompt_end: str  # the blanks that most questions end with
+
+
+def read_files(args):
+    """{split: Examples} of the files that the flags name."""
+    paths = {"train": args.train, "iid": args.iid, "ood": args.ood}
+    return {split: read(path) for split, path in paths.items() if path is not None}
+
+
+def load_data(args, seed, game, files):
+    """The Data of one seed, from the game or from files."""
+    if not files:
+        n_test = WATCHED + args.test_rows
+        seen = set()  # no question of training is asked in a test
+        iid = generate(game, args.rows + n_test, seed=seed, seen=seen)
+        ood = generate(game, n_test, ood=True, seed=seed, seen=set(seen))
+        redrawn = generate(game, n_test, ood=True, seed=seed, spurious_seed=1, seen=set(seen))
+        train, iid = iid[:args.rows], iid[args.rows:]
+        watched = {"iid": iid[:WATCHED], "ood": ood[:WATCHED]}
+        tested = {"iid": iid[WATCHED:], "ood": ood[WATCHED:], "redrawn": redrawn[WATCHED:]}
     elif args.val is not None:
-        train, tested = hold_out(read(args.train), args.val, seed)
-        watched = {split: examples[:WATCH] for split, examples in tested.items()}
+        train, held_out = hold_out(files["train"], args.val, seed)
+        watched = {"train": train[:WATCHED]}
+        tested = {"iid": held_out}
     else:
-        train, tested = read(args.train), {"iid": read(args.iid), "ood": read(args.ood)}
-        watched = {"train": train[:WATCH]}
-    tested["redrawn"] = redraw(tested["ood"], seed)
-    if args.edges in ("spurious", "random"):
-        train = [mislabel(e, args.edges, rng) for e in train]
-    train = train + [reorder(e, rng) for _ in range(args.orders - 1) for e in train]
-    tokenizer = build_tokenizer(e.input + e.target for e in train)
-    encoded = lambda splits: {split: encode(examples, tokenizer, args.edges, args.device)
-                              for split, examples in splits.items() if examples}
-    return encoded({"train": train})["train"], encoded(watched), encoded(tested)
+        train = files["train"]
+        watched = {"train": train[:WATCHED]}  # test files are not looked at before the end
+        tested = {"iid": files["iid"], "ood": files["ood"]}
+
+    tokenizer = build_tokenizer(example.input + example.target for example in train)
+    rng = random.Random(seed)
+
+    def encode_all(examples, causes):
+        encoded = []
+        for example in examples:
+            encoded.append(encode(choose_causes(example, causes, rng), tokenizer))
+            n, most = len(encoded[-1].idx), GPTConfig.block_size
+            if n > most:
+                raise UserError(f"{example.source}: {n} tokens, and the model takes {most}: "
+                                "shorten the text")
+        return encoded
+
+    # The controls have wrong causes in training; where a test looks, the right ones count.
+    right = "span" if args.causes == "span" else "value"
+    blanks = Counter(example.input[len(example.input.rstrip()):] for example in train)
+    return Data(
+        tokenizer=tokenizer,
+        train=encode_all(train, args.causes),
+        watched={split: encode_all(examples, right) for split, examples in watched.items()},
+        tested={split: encode_all(examples, right) for split, examples in tested.items()},
+        prompt_end=blanks.most_common(1)[0][0],
+    )
 
 
-def read_out(attentions, args):
-    """The attention that should look at the causes: mean over heads and --layers, (B, T, T)."""
-    return average_attention([attentions[layer] for layer in args.layers])
+# ----------------------------------------------------------------------------
+# The two losses
+
+def next_token_loss(logits, batch):
+    """The usual loss over all tokens, and once more over the answer: its three tokens are lost
+    among the numbers of a question, which nobody can predict."""
+    loss_all = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=-100)
+    loss_answer = F.cross_entropy(logits[batch.answer], batch.targets[batch.answer])
+    return loss_all + loss_answer
 
 
-def losses(model, data, ix, args):
-    """L_next and L_attn on the examples ix, (B,), of a Dataset."""
-    logits, attentions = model(data.idx[ix])
-    targets, answer = data.targets[ix], data.answer[ix]  # (B, T) each
-    l_next = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
-    # the answer counts twice: it drowns among numbers that nobody can predict
-    l_next = l_next + F.cross_entropy(logits[answer], targets[answer])
-    attn, adjacency = read_out(attentions, args), adjacency_of(data, ix)
-    l_attn = re_attention_loss(attn, adjacency, args.alpha, args.form)
-    below = attentions[:max(layer % len(attentions) for layer in args.layers)]
+def supervised_attention(attentions, args):
+    """The attention map, (B, T, T), that should look at the causes."""
+    if args.layers == "last":
+        return average_attention(attentions[-1:])
+    return average_attention(attentions)
+
+
+def attention_loss(attentions, batch, args):
+    """The Re-Attention loss on the causes and, unless the path is left open, on the items."""
+    attn = supervised_attention(attentions, args)
+    loss = re_attention_loss(attn, batch.adjacency, args.alpha, args.form)
+
+    # Closing the path: one layer below, the answer's own query could read a spurious number, and
+    # carry it past the map that is supervised. So there, causes and answer look inside their own
+    # items only.
+    below = attentions[:-1]
     if below and not args.open_path:
-        # there, causes and answer look inside their items, so that nothing else rides along
-        attn, adjacency = average_attention(below), inside_of(data, ix)
-        l_attn = l_attn + re_attention_loss(attn, adjacency, args.alpha, args.form)
-    return l_next, l_attn
+        attn = average_attention(below)
+        loss = loss + re_attention_loss(attn, batch.inside, args.alpha, args.form)
+    return loss
+
+
+# ----------------------------------------------------------------------------
+# Evaluation
+
+@dataclass
+class Answers:
+    given: list  # the model's answer to each question
+    right: list  # the right one
+    attn: list  # (T,) attention that the first token of the answer is predicted with
+
+
+def eval_batches(examples):
+    """The examples in order, in groups of at most EVAL_TOKENS tokens."""
+    group, longest = [], 0
+    for example in examples:
+        longest = max(longest, len(example.idx))
+        if group and longest * (len(group) + 1) > EVAL_TOKENS:
+            yield group
+            group, longest = [], len(example.idx)
+        group.append(example)
+    yield group
 
 
 @torch.no_grad()
-def evaluate(model, data, args):
-    """N pairs (guess, right) of answers, each token guessed after the right ones: equal just when
-    the greedy answer is right; and (N, T), the attention that the answer pays."""
-    answers, attn = [], []
-    for ix in torch.arange(len(data.idx)).split(64):
-        logits, attentions = model(data.idx[ix])
-        for guess, right, at in zip(logits.argmax(dim=-1), data.targets[ix], data.answer[ix]):
-            answers.append([data.tokenizer.decode(ids[at].tolist()).removesuffix(END)
-                            for ids in (guess, right)])
-        first = data.answer[ix].int().argmax(dim=1)  # (B,)
-        attn.append(read_out(attentions, args)[torch.arange(len(ix)), first].cpu())
-    return answers, torch.cat(attn)
+def evaluate(model, examples, tokenizer, args):
+    """The Answers of a model. Each token of an answer is predicted after the right ones before it,
+    so the answer is right just when the one that the model would write by itself is."""
+    answers = Answers([], [], [])
+    for group in eval_batches(examples):
+        batch = collate(group, args.device)
+        logits, attentions = model(batch.idx)
+        predicted = logits.argmax(dim=-1).cpu()  # (B, T)
+        attn = supervised_attention(attentions, args).cpu()  # (B, T, T)
+        for b, example in enumerate(group):
+            where = example.answer.nonzero().flatten()
+            given = tokenizer.decode(predicted[b, where].tolist())
+            right = tokenizer.decode(example.targets[where].tolist())
+            answers.given.append(given.removesuffix(END))
+            answers.right.append(right.removesuffix(END))
+            answers.attn.append(attn[b, where[0], :len(example.idx)].clone())
+    return answers
 
 
-def test(model, splits, args):
-    """({column: value}, answers, attn), the latter two of ood. "constant": the commonest answer;
-    "changed": share of answers that change with the spurious phrases."""
-    seen, scores = {split: evaluate(model, data, args) for split, data in splits.items()}, {}
-    redrawn = seen.pop("redrawn", None)
-    for split, (answers, attn) in seen.items():
-        often = max(Counter(right for _, right in answers).values())
-        scores[split] = mean(guess == right for guess, right in answers)
-        scores[f"{split} constant"] = often / len(answers)
-    if redrawn:
-        scores["changed"] = mean(a != b for (a, _), (b, _) in zip(answers, redrawn[0]))
-    role = splits[split].role.cpu()  # (N, T), 0 without labels
-    for i in role.unique().tolist() if role.any() else ():
-        scores[ROLES[i]] = (attn * (role == i)).sum(dim=1).mean().item()
-    return scores, answers, attn
+def accuracy(answers):
+    n_right = 0
+    for given, right in zip(answers.given, answers.right):
+        if given == right:
+            n_right += 1
+    return n_right / len(answers.right)
+
+
+def share_of_most_frequent(right):
+    """The accuracy of who always gives the most frequent answer."""
+    _, n = Counter(right).most_common(1)[0]
+    return n / len(right)
+
+
+def attention_shares(answers, examples):
+    """Where the attention of the answer goes, a mean over the examples whose causes are known:
+    {"attn_causal": share, "attn_spurious": share, "attn_other": share}, as far as known."""
+    causal, spurious = [], []
+    for attn, example in zip(answers.attn, examples):
+        if example.causal.any():
+            causal.append(attn[example.causal].sum().item())
+            spurious.append(attn[example.spurious].sum().item())
+    if not causal:
+        return {}
+    shares = {"attn_causal": statistics.mean(causal)}
+    if any(example.spurious.any() for example in examples):
+        shares["attn_spurious"] = statistics.mean(spurious)
+    shares["attn_other"] = 1 - sum(shares.values())
+    return shares
+
+
+def test(model, splits, tokenizer, args):
+    """The scores of a model on {split: examples}, and its Answers to each split."""
+    answers, scores = {}, {}
+    for split, examples in splits.items():
+        answers[split] = evaluate(model, examples, tokenizer, args)
+        if split != "redrawn":
+            scores[f"acc_{split}"] = accuracy(answers[split])
+    last = "ood" if "ood" in splits else list(splits)[-1]
+    scores.update(attention_shares(answers[last], splits[last]))
+    if "redrawn" in splits:
+        pairs = zip(answers["ood"].given, answers["redrawn"].given)
+        scores["changed"] = statistics.mean(before != after for before, after in pairs)
+    return scores, answers
+
+
+# ----------------------------------------------------------------------------
+# Checkpoints: all that --ask and --resume need, and nothing that runs code when loaded
+
+def checkpoint_path(args, run, seed):
+    return Path(args.out, f"{run}-{seed}.pt")
+
+
+def save_checkpoint(path, checkpoint):
+    """Writes a checkpoint whole or not at all: a full disk leaves the one before."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_checkpoint(path):
-    """(state, args) of a file that `train` wrote; ValueError for any other."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)  # never runs code
-        return state, parse_args(state["argv"])
-    except (Exception, SystemExit):
-        raise ValueError(f"{path}: no checkpoint of train.py: give one of out/*.pt") from None
+    """The dict that `train` saved, on the CPU."""
+    with open(path, "rb") as file:
+        try:
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception:  # torch.load has many ways to refuse a file
+            checkpoint = None
+    if not isinstance(checkpoint, dict) or "fingerprint" not in checkpoint:
+        raise UserError(f"{path}: no checkpoint of train.py: give one, such as out/cat-1.pt")
+    return checkpoint
 
 
-def start(args, seed, run, data, path):
-    """(model, optimizer, batches, state) of a run, at its checkpoint if there is one; batches: the
-    examples of each step. ValueError when "data" differs."""
-    torch.manual_seed(seed)  # of weights and order, the same without and with CAT
-    model = GPT(GPTConfig(data.tokenizer.n_vocab, block_size=2048))
-    model.start_alike(data.tokenizer)
-    optimizer = torch.optim.AdamW(model.to(args.device).parameters(), args.lr)
-    # Going on ends as an unbroken run would: nothing random happens in a step,
-    # the order of the examples follows from the seed,
-    # weights, optimiser and step stand in the checkpoint.
-    n, B = len(data.idx), args.batch_size
-    order = torch.cat([torch.randperm(n) for _ in range(args.steps * B // n + 1)])
-    state = {"argv": args.argv, "run": run, "seed": seed, "steps_done": 0, "metrics": [],
-             "data": f"{data.idx.cumsum(0).sum()} {data.edges.cumsum(0).sum()} {model.config}"}
+def begun_runs(args, fingerprint):
+    """{(run, seed): step} of the checkpoints in --out, which must be of this very command."""
+    begun = {}
+    for path in sorted(Path(args.out).glob("*.pt")):
+        if not re.fullmatch(r"(no-)?cat--?\d+\.pt", path.name):
+            continue
+        checkpoint = load_checkpoint(path)
+        other = [flag(name) for name, value in result_flags(args).items()
+                 if checkpoint["flags"].get(name) != value]
+        if not other and checkpoint["fingerprint"] != fingerprint:
+            other = ["training data"]
+        if other:
+            raise UserError(f"{path} is of a command with other {', '.join(other)}: "
+                            "give another --out")
+        begun[checkpoint["run"], checkpoint["seed"]] = checkpoint["step"]
+    return begun
+
+
+def result_flags(args):
+    return {name: value for name, value in vars(args).items() if name not in PLACE_FLAGS}
+
+
+def fingerprint_of(game, files):
+    """Differs when the examples to train on differ."""
+    content = [game] if not files else [replace(e, source="") for e in files["train"]]
+    return hashlib.sha256(repr(content).encode()).hexdigest()
+
+
+# ----------------------------------------------------------------------------
+# Training
+
+def train(args, run, seed, data, fingerprint, metrics_path):
+    """One run, "no-cat" or "cat", from its checkpoint if there is one. Returns the model."""
+    # Both runs start with the same weights and see the same examples in the same order.
+    torch.manual_seed(seed)
+    config = GPTConfig(vocab_size=data.tokenizer.n_vocab)
+    model = GPT(config).to(args.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True)
+    n, B = len(data.train), args.batch_size
+    n_epochs = math.ceil(args.steps * B / n)
+    order = torch.cat([torch.randperm(n) for _ in range(n_epochs)]).tolist()
+
+    first_step = 0
+    path = checkpoint_path(args, run, seed)
     if path.exists():
-        begun, (state, _) = state, load_checkpoint(path)
-        if begun["data"] != state["data"]:
-            raise ValueError(f"{path} is of other data or sizes: give these, or another --out")
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-    return model, optimizer, order.split(B), state
+        checkpoint = load_checkpoint(path)
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        first_step = checkpoint["step"]
 
-
-def train(args, seed, run, data, watched):
-    """One run, "no-cat" or "cat": the model and its lines of metrics.jsonl. ValueError for a loss
-    that is not finite."""
-    path = Path(args.out, f"{run}-{seed}.pt")
-    model, optimizer, batches, state = start(args, seed, run, data, path)
-    for step in range(state["steps_done"], args.steps):
-        # 1. the share done, the `epoch` of gamma_at, sets the learning rate and gamma
+    log_every = math.ceil(args.steps / 10)
+    start_time = time.time()
+    progress = tqdm(initial=first_step, total=args.steps, desc=f"{NAMES[run]:6}", ascii=True,
+                    disable=not sys.stderr.isatty(),
+                    bar_format="{l_bar}{bar:8}| {n_fmt}/{total_fmt} "
+                               "[{elapsed}<{remaining}, {rate_fmt}{postfix}]")
+    for step in range(first_step, args.steps):
+        # 1. The learning rate and gamma follow the share of the training that is done.
         done = step / args.steps
-        optimizer.param_groups[0]["lr"] = args.lr * (1 + math.cos(math.pi * done)) / 2
-        gamma = gamma_at(done, args.gamma, args.decay) * (run == "cat")
-        # 2. L = L_next + gamma * L_attn on the next examples
-        l_next, l_attn = losses(model, data, batches[step], args)
-        loss = l_next + gamma * l_attn if gamma else l_next  # no way back through an idle term
-        if not loss.isfinite():
-            raise ValueError(f"loss is {loss.item()} at step {step}: lower --lr or --gamma")
-        # 3. one update of the weights
+        rising = (step + 1) / (WARM_UP * args.steps)
+        falling = (1 + math.cos(math.pi * done)) / 2  # a cosine, from 1 to 0
+        lr = args.lr * min(rising, falling)
+        gamma = gamma_at(done, args.gamma, args.decay)
+        optimizer.param_groups[0]["lr"] = lr
+
+        # 2. The loss on the next examples.
+        chosen = order[step * B:(step + 1) * B]
+        batch = collate([data.train[i] for i in chosen], args.device)
+        logits, attentions = model(batch.idx)
+        loss_next = next_token_loss(logits, batch)
+        loss = loss_next
+        if run == "cat":
+            loss_attn = attention_loss(attentions, batch, args)
+            loss = loss_next + gamma * loss_attn
+
+        # 3. An update of the weights.
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        # 4. whenever another tenth of the run is full: watch, log, save
-        if (step + 1) * 10 // args.steps > step * 10 // args.steps:
-            seen = {"step": step + 1, "loss": l_next.item(), "attn_loss": l_attn.item()}
-            seen = {name: round(x, 4) for name, x in (seen | test(model, watched, args)[0]).items()}
-            state["metrics"].append(json.dumps({"run": run, "seed": seed, **seen}) + "\n")
-            print(state["metrics"][-1], end="", file=sys.stderr)
-            state |= {"steps_done": step + 1, "model": model.state_dict(),
-                      "optimizer": optimizer.state_dict()}
-            torch.save(state, f"{path}.tmp")
-            os.replace(f"{path}.tmp", path)
-    return model, state["metrics"]
+        progress.update()
+
+        # 4. At each tenth of the run: look, log, save.
+        if (step + 1) % log_every == 0 or step + 1 == args.steps:
+            if not math.isfinite(loss.item()):
+                raise UserError(f"the loss is {loss.item()} at step {step + 1}: "
+                                "give a lower --lr or --gamma")
+            with torch.no_grad():
+                loss_attn = attention_loss(attentions, batch, args)  # of both runs, to compare
+            scores, _ = test(model, data.watched, data.tokenizer, args)
+            line = {
+                "run": run, "seed": seed, "step": step + 1, "steps": args.steps,
+                "loss": loss.item(), "loss_next": loss_next.item(), "loss_attn": loss_attn.item(),
+                "lr": lr, "gamma": gamma if run == "cat" else 0.0,
+                **scores, "seconds": time.time() - start_time,
+            }
+            append_line(metrics_path, line)
+            save_checkpoint(path, {
+                "run": run, "seed": seed, "step": step + 1,
+                "flags": result_flags(args), "fingerprint": fingerprint,
+                "config": asdict(config), "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "pieces": pieces_of(data.tokenizer), "pattern": PATTERN,
+                "prompt_end": data.prompt_end,
+            })
+            report(progress, run, line)
+    progress.close()
+    return model
+
+
+def report(progress, run, line):
+    """Says in the bar of a run, or in a line where there is no terminal, how it goes."""
+    words = [f"loss {line['loss']:.2f}"]
+    for split in ("train", "iid", "ood"):
+        if f"acc_{split}" in line:
+            words.append(f"{split} {line[f'acc_{split}']:.2f}")
+    if progress.disable:
+        print(f"{NAMES[run]:6} {line['step']:5}/{line['steps']}: {', '.join(words)}", flush=True)
+    else:
+        progress.set_postfix_str(f"{words[0]}, {words[-1]}")  # all that fits 80 columns
+
+
+def append_line(path, line):
+    """Adds a line to metrics.jsonl, where it can be read at once."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def read_metrics(path):
+    """The lines of metrics.jsonl; one that was cut off in the middle is left out."""
+    lines = []
+    if path.exists():
+        for line in path.read_text("utf-8").splitlines():
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                continue
+    return lines
+
+
+# ----------------------------------------------------------------------------
+# The table
+
+def mean_and_spread(values):
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
+    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
 
 
 def print_table(results):
-    """Prints results, {column: value}, and those of several seeds of a run as one."""
-    columns = [c for c in results[0] if all(c in r for r in results)]
-    table = [dict(zip(columns, columns)), *results]
-    for run in {r["run"]: 0 for r in results}:
-        of_run = [r for r in results if r["run"] == run]
-        for name, f in (("mean", mean), ("stdev", stdev), ("lowest", min)) * (len(of_run) > 1):
-            values = {c: f([r[c] for r in of_run]) for c in columns[2:]}
-            table.append({"run": run, "seed": name, **values})
-    for result in table:
-        cells = [(result[c], max(8, len(c) + 2)) for c in columns]
-        print("".join(f"{x:<{w}.3f}" if type(x) is float else f"{x:<{w}}" for x, w in cells))
+    """Prints one line a run, over its seeds; results are the scores of each run and seed."""
+    several = any(result["seed"] != results[0]["seed"] for result in results)
+    titles, rows = [""], []
+    for run in NAMES:
+        of_run = [result for result in results if result["run"] == run]
+        if not of_run:
+            continue
+        titles, row = [""], [NAMES[run]]
+        for split in ("iid", "ood"):
+            if f"acc_{split}" in of_run[0]:
+                titles.append(split.upper())
+                row.append(mean_and_spread([result[f"acc_{split}"] for result in of_run]))
+        if several and "acc_ood" in of_run[0]:
+            titles.append("worst")
+            row.append(f"{min(result['acc_ood'] for result in of_run):.3f}")
+        for name in ("changed", "attn_causal", "attn_spurious", "attn_other"):
+            if name in of_run[0]:
+                titles.append(name.removeprefix("attn_"))
+                row.append(f"{statistics.mean(result[name] for result in of_run):.1%}")
+        rows.append(row)
+
+    widths = [max(map(len, column)) for column in zip(titles, *rows)]
+    print()
+    for row in [titles] + rows:
+        cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])]
+        print("  ".join([row[0].ljust(widths[0])] + cells).rstrip())
+    for split in ("iid", "ood"):
+        if f"most_{split}" in results[0]:
+            most = statistics.mean(result[f"most_{split}"] for result in results)
+            print(f"{split.upper()}: share of right answers; {most:.3f} for the most frequent one")
+    if "worst" in titles:
+        print("worst: OOD of the worst seed; before it, mean ± standard deviation over seeds")
+    if "changed" in titles:
+        print("changed: OOD answers that change when only the spurious numbers do")
+    if "causal" in titles:
+        print("causal, spurious, other: where the attention of the answer goes")
+
+
+# ----------------------------------------------------------------------------
+# Questions to a checkpoint
+
+def readable_pieces(tokenizer, tokens):
+    """The text of tokens in pieces, [(text, positions of its tokens)]: a token each, or all the
+    bytes of one character."""
+    text = tokenizer.decode(tokens)
+    positions = {}  # span: the tokens that have it
+    for t, span in enumerate(token_offsets(tokenizer, tokens)):
+        positions.setdefault(span, []).append(t)
+    return [(text[start:end], where) for (start, end), where in positions.items()]
 
 
 @torch.no_grad()
-def ask_model(model, data, args, text):
-    """Prints a question, with the attention of its answer from 5% a token on, and the answer."""
-    tokenizer = data.tokenizer
-    end = tokenizer.decode([data.idx[0, data.answer[0].int().argmax()].item()])
-    text = text.rstrip() + end[len(end.rstrip()):]  # blanks as in training
-    tokens = tokenizer.encode_ordinary(text)
-    idx = torch.tensor([tokens], device=args.device)
-    attn = read_out(model(idx)[1], args)[0, -1]  # (T,)
-    for piece, positions in character_tokens(tokenizer, tokens):
+def ask(path, question, device):
+    """Prints a question with the attention that its answer pays, and the answer."""
+    checkpoint = load_checkpoint(path)
+    tokenizer = tokenizer_of(checkpoint["pieces"], checkpoint["pattern"])
+    model = GPT(GPTConfig(**checkpoint["config"])).to(device)
+    model.load_state_dict(checkpoint["model"])
+    if not question.strip():
+        raise UserError("--ask: the question is empty: give a text as in training")
+    tokens = tokenizer.encode_ordinary(question.rstrip() + checkpoint["prompt_end"])
+    if len(tokens) >= model.config.block_size:
+        raise UserError(f"--ask: the question has {len(tokens)} tokens, and the model takes "
+                        f"{model.config.block_size}: shorten it")
+
+    idx = torch.tensor([tokens], device=device)  # (1, T)
+    _, attentions = model(idx)
+    attn = supervised_attention(attentions, argparse.Namespace(**checkpoint["flags"]))[0, -1]
+    for text, positions in readable_pieces(tokenizer, tokens):
         share = attn[positions].sum().item()
-        print(piece + f"[{share:.0%}]" * (share >= 0.05), end="")
-    print("\n" + tokenizer.decode(model.generate(idx, 64, tokenizer.encode_single_token(END))))
+        print(text, end="")
+        if share >= MARKED:
+            print(f"[{share:.0%}]", end="")
+    print()
+    answer = model.generate(idx, 64, stop=tokenizer.encode_single_token(END))
+    print(tokenizer.decode(answer))
 
 
-def svg(height, parts):
-    return ('<svg xmlns="http://www.w3.org/2000/svg" xml:space="preserve" font-family="monospace" '
-            f'font-size="13" viewBox="0 0 800 {height}"><rect width="800" height="{height}" '
-            f'fill="#fff"/>\n{"".join(parts)}</svg>\n')
+# ----------------------------------------------------------------------------
+# The two pictures
+
+ORANGE, BLUE = "#e69f00", "#0072b2"  # told apart by colour-blind people too
+COLOURS = {"no-cat": ORANGE, "cat": BLUE}
+FULL_SHADE = 0.5  # the share of attention from which on a token is shaded in full
 
 
-def words(x, y, text, style=""):
-    return f'<text x="{x}" y="{y}" {style}>{html.escape(text)}</text>\n'
+def svg(width, height, font_size, parts):
+    """An SVG picture on white, so that it can be read on a dark page too."""
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+            f'font-family="monospace" font-size="{font_size}">\n'
+            f'<rect width="{width}" height="{height}" fill="#fff"/>\n'
+            + "\n".join(parts) + "\n</svg>\n")
 
 
-def attention_svg(shown, data):
-    """The first question whose answers differ, or the first, shaded by what its answer looks
-    at; shown: {run: (answers, attn)}."""
-    pairs = zip(*(answers for answers, _ in shown.values()))
-    n = next((n for n, pair in enumerate(pairs) if pair[0] != pair[-1]), 0)
-    tokens, y = data.idx[n, :data.answer[n].int().argmax() + 1].tolist(), 0
-    parts = [words(20, 24, "shade: attention of the answer; bold: causes; italic: spurious")]
-    for run, (answers, attn) in shown.items():
-        x, y = 20, y + 70
-        parts.append(words(20, y - 24, "{}: {}, right is {}".format(run, *answers[n])))
-        for piece, positions in character_tokens(data.tokenizer, tokens):
-            shade = min(1, 3 * attn[n, positions].sum().item())
-            style = ("", 'font-weight="bold"', 'font-style="italic"')[data.role[n, positions[0]]]
-            parts += [f'<rect x="{x}" y="{y - 14}" width="{8 * len(piece)}" height="19" '
-                      f'fill="orange" fill-opacity="{shade:.2f}"/>', words(x, y, piece, style)]
-            x, y = (x + 8 * len(piece), y) if x < 680 else (20, y + 24)
-    return svg(y + 24, parts)
+def svg_text(x, y, text, style=""):
+    printable = re.sub(r"[\x00-\x08\x0b-\x1f\x7f\ufffe\uffff]", "\ufffd", text)  # not in XML
+    return f'<text x="{x}" y="{y}" xml:space="preserve" {style}>{html.escape(printable)}</text>'
+
+
+def text_width(text):
+    """The width of a text in characters: those of East Asia are two wide, marks have none."""
+    width = 0
+    for char in text:
+        if unicodedata.east_asian_width(char) in "WF":
+            width += 2
+        elif not unicodedata.combining(char):
+            width += 1
+    return width
+
+
+def attention_svg(runs, examples, tokenizer):
+    """A question, once a run, shaded by what its answer looks at: the first that the runs answer
+    differently, or else the first. runs is {run: Answers to the examples}."""
+    chosen = 0
+    for n in reversed(range(len(examples))):
+        if len({answers.given[n] for answers in runs.values()}) > 1:
+            chosen = n
+    example = examples[chosen]
+    n_question = example.answer.nonzero()[0].item() + 1
+    tokens = example.idx[:n_question].tolist()
+
+    char, line, margin, width = 8, 24, 16, 800
+    parts, y = [], 30
+    for run, answers in runs.items():
+        given, right = answers.given[chosen], answers.right[chosen]
+        verdict = "right" if given == right else f"wrong: it is {right}"
+        parts.append(svg_text(margin, y, f"{NAMES[run]} answers {given}, which is {verdict}",
+                              f'fill="{COLOURS[run]}" font-weight="bold"'))
+        x, y = margin, y + line
+        for text, positions in readable_pieces(tokenizer, tokens):
+            share = answers.attn[chosen][positions].sum().item()
+            if x + char * text_width(text) > width - margin:
+                x, y = margin, y + line
+                text = text.lstrip()
+            piece_width = char * text_width(text)
+            style = ""
+            if example.causal[positions].any():
+                style = 'font-weight="bold"'
+            elif example.spurious[positions].any():
+                style = 'font-style="italic" text-decoration="underline"'
+            parts.append(f'<rect x="{x}" y="{y - 15}" width="{piece_width}" height="20" '
+                         f'fill="{ORANGE}" fill-opacity="{min(share / FULL_SHADE, 1):.2f}"/>')
+            parts.append(svg_text(x, y, text, style))
+            x += piece_width
+        y += 2 * line
+
+    # What the shade and the letters mean.
+    x = margin
+    parts.append(svg_text(x, y, "attention of the answer:"))
+    x += 25 * char
+    for fifth in range(6):
+        share = FULL_SHADE * fifth / 5
+        parts.append(f'<rect x="{x}" y="{y - 15}" width="{5 * char}" height="20" '
+                     f'fill="{ORANGE}" fill-opacity="{fifth / 5}"/>')
+        parts.append(svg_text(x + char, y, f"{share:.0%}"))
+        x += 5 * char
+    parts.append(svg_text(x, y, "and more"))
+    parts.append(svg_text(x + 12 * char, y, "causal", 'font-weight="bold"'))
+    parts.append(svg_text(x + 20 * char, y, "spurious",
+                          'font-style="italic" text-decoration="underline"'))
+    return svg(width, y + line, 13, parts)
 
 
 def curves_svg(metrics):
-    """Accuracy on what is watched while training."""
-    parts = [words(0, 24, "1"), words(0, 324, "0"), words(20, 340, "blue: CAT, full: OOD")]
-    for line in metrics:
-        style = 'fill="blue"' if line["run"] == "cat" else 'fill="orange"'
-        for split, dot in zip(("train", "iid", "ood"), "○○●"):
-            if split in line:
-                x, y = 780 * line["step"] // metrics[-1]["step"], 320 - round(300 * line[split])
-                parts.append(words(x, y, dot, style))
-    return svg(350, parts)
+    """Accuracy over steps, the mean over seeds: a line for each run and split."""
+    left, top, right, bottom = 70, 20, 560, 320
+    n_steps = metrics[0]["steps"]
+
+    def place(step, value):
+        x = left + (right - left) * step / n_steps
+        y = bottom - (bottom - top) * value
+        return f"{x:.1f},{y:.1f}"
+
+    parts = []
+    for value in (0, 0.25, 0.5, 0.75, 1):
+        y = bottom - (bottom - top) * value
+        parts.append(f'<line x1="{left}" x2="{right}" y1="{y}" y2="{y}" stroke="#ccc"/>')
+        parts.append(svg_text(left - 8, y + 6, f"{value:g}", 'text-anchor="end"'))
+    for quarter in (0, 1, 2, 3, 4):
+        x = left + (right - left) * quarter / 4
+        parts.append(svg_text(x, bottom + 24, f"{n_steps * quarter // 4}", 'text-anchor="middle"'))
+    parts.append(svg_text((left + right) / 2, bottom + 48, "step", 'text-anchor="middle"'))
+    parts.append(svg_text(20, (top + bottom) / 2, "accuracy", 'text-anchor="middle" '
+                          f'transform="rotate(-90 20 {(top + bottom) / 2})"'))
+
+    legend_y = bottom + 80
+    for run in NAMES:
+        for split in ("train", "iid", "ood"):
+            values = {}  # step: accuracies of the seeds
+            for line in metrics:
+                if line["run"] == run and f"acc_{split}" in line:
+                    values.setdefault(line["step"], []).append(line[f"acc_{split}"])
+            if not values:
+                continue
+            style = f'fill="none" stroke="{COLOURS[run]}" stroke-width="3"'
+            if split != "ood":
+                style += ' stroke-dasharray="8 5"'
+            points = " ".join(place(step, statistics.mean(values[step])) for step in sorted(values))
+            parts.append(f'<polyline points="{points}" {style}/>')
+            x = left if run == "no-cat" else left + 260
+            name = {"train": "training examples", "iid": "IID", "ood": "OOD"}[split]
+            y = legend_y if split != "ood" else legend_y + 26
+            parts.append(f'<polyline points="{x},{y - 6} {x + 50},{y - 6}" {style}/>')
+            parts.append(svg_text(x + 60, y, f"{NAMES[run]}, {name}"))
+    return svg(600, legend_y + 46, 18, parts)
 
 
-def main(argv):
-    """Trains all seeds without and with CAT, or tests or asks a checkpoint."""
+# ----------------------------------------------------------------------------
+# All of it
+
+def main(argv, game=STG):
+    """Trains and tests the runs of each seed on the game or on files, or asks a checkpoint."""
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
-    if path := args.ask[0] if args.ask else args.eval:
-        state, saved = load_checkpoint(path)
-        run, seed, saved.device = state["run"], state["seed"], args.device
-        data, _, tested = load_data(saved, seed)
-        model, *_ = start(saved, seed, run, data, Path(path))
-        if args.ask:
-            return ask_model(model, data, saved, args.ask[1])
-        return print_table([{"run": run, "seed": seed, **test(model, tested, saved)[0]}])
-    out, results, metrics = Path(args.out), [], []
-    write = lambda name, text: (out / name).write_text(text, "utf-8")
-    for path in out.glob("*.pt"):
-        flags = load_checkpoint(path)[0]["argv"]
-        if not args.resume or flags != args.argv:
-            raise ValueError(f"{path} is there, of flags {' '.join(flags)}: give these and "
-                             "--resume, or another --out")
+    if args.ask:
+        path, question = args.ask
+        return ask(path, question, args.device)
+
+    files = read_files(args)
+    if files and "cat" in args.runs and not any(example.edges for example in files["train"]):
+        raise UserError(f'{args.train}: no example has causes: add "important", or give '
+                        "--runs no-cat")
+    fingerprint = fingerprint_of(game, files)
+    begun = begun_runs(args, fingerprint)
+
+    # Go on with --resume; without it, start anew.
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    metrics_path = out / "metrics.jsonl"
+    kept = []
+    if args.resume:
+        for line in read_metrics(metrics_path):
+            if line["step"] <= begun.get((line["run"], line["seed"]), 0):
+                kept.append(line)
+    else:
+        for run, seed in begun:
+            checkpoint_path(args, run, seed).unlink()
+    metrics_path.write_text("".join(json.dumps(line) + "\n" for line in kept), "utf-8")
+
+    results, written = [], []
     for seed in args.seed:
-        data, watched, tested = load_data(args, seed)
-        if "cat" in args.runs and not data.edges.numel():
-            raise ValueError(f'{args.train}: no edges: add "important", or give --runs no-cat')
-        out.mkdir(parents=True, exist_ok=True)
-        shown = {}
+        data = load_data(args, seed, game, files)
+        if seed == args.seed[0]:
+            model = GPT(GPTConfig(vocab_size=data.tokenizer.n_vocab))
+            n_parameters = sum(weight.numel() for weight in model.parameters())
+            print(f"on {args.device}: {n_parameters:,} parameters, {len(data.train):,} examples "
+                  f"to train on, {len(data.tested['iid']):,} in each test", flush=True)
+        answers = {}
         for run in args.runs:
-            model, lines = train(args, seed, run, data, watched)
-            metrics += lines
-            write("metrics.jsonl", "".join(metrics))
-            scores, *shown[run] = test(model, tested, args)
+            model = train(args, run, seed, data, fingerprint, metrics_path)
+            scores, answers[run] = test(model, data.tested, data.tokenizer, args)
+            for split in ("iid", "ood"):
+                if split in answers[run]:
+                    scores[f"most_{split}"] = share_of_most_frequent(answers[run][split].right)
             results.append({"run": run, "seed": seed, **scores})
-    write("attention.svg", attention_svg(shown, tested.get("ood", tested["iid"])))
-    write("curves.svg", curves_svg([json.loads(line) for line in metrics]))
+            written.append(checkpoint_path(args, run, seed).name)
+
+    split = "ood" if "ood" in data.tested else "iid"
+    shown = {run: answers[run][split] for run in args.runs}
+    (out / "attention.svg").write_text(
+        attention_svg(shown, data.tested[split], data.tokenizer), "utf-8")
+    (out / "curves.svg").write_text(curves_svg(read_metrics(metrics_path)), "utf-8")
     print_table(results)
+    written += ["metrics.jsonl", "attention.svg", "curves.svg"]
+    print(f"wrote {', '.join(written)} in {out}{os.sep}")
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ValueError, OSError, KeyboardInterrupt) as error:
-        print(f"train.py: {str(error) or 'interrupted: go on with --resume'}", file=sys.stderr)
-        sys.exit(2)
+    run_main(main, on_interrupt="interrupted: the same command with --resume goes on")

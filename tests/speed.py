@@ -1,62 +1,119 @@
-"""What CAT costs: `python tests/speed.py [threads]` times training steps of 16 examples on the CPU:
-with CAT, without, and without by F.scaled_dot_product_attention, which returns no map."""
-import sys
+"""What CAT costs: `python -m tests.speed --threads 1` times training steps on the CPU, in turns with
+CAT, without it, and of a GPT-2 of the same size with fused attention, as nanoGPT trains it."""
+import argparse
+import statistics
 import time
-from pathlib import Path
-from statistics import median
-from types import MethodType
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from cat import average_attention, re_attention_loss  # noqa: E402
-from data import STG, adjacency_of, build_tokenizer, encode, generate, inside_of  # noqa: E402
-from model import GPT, GPTConfig, rotate  # noqa: E402
+import train
+from data import STG, collate
+from model import GPT, MLP, GPTConfig
 
 
-def fused_forward(self, x, cos, sin, future):
-    """CausalSelfAttention.forward in one kernel, which cannot return its map."""
-    B, T, C = x.shape
-    q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
-    q, k = (rotate(F.rms_norm(a, a.shape[-1:]), cos, sin) for a in (q, k))
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    return self.proj(y.transpose(1, 2).reshape(B, T, C)), None
+class FusedAttention(nn.Module):
+    """Attention in one kernel, which cannot return its map."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x):
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).split(C, dim=2)
+        q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+        k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+        v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
-def step(model, optimizer, data, ix, use_cat):
-    """One training step as in train.py: all tokens, the answer once more, CAT on both layers."""
-    logits, attentions = model(data.idx[ix])
-    targets, answer = data.targets[ix], data.answer[ix]
-    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
-    loss = loss + F.cross_entropy(logits[answer], targets[answer])
-    if use_cat:
-        for attn, adjacency in zip(attentions, (inside_of(data, ix), adjacency_of(data, ix))):
-            loss = loss + 0.3 * re_attention_loss(average_attention([attn]), adjacency, 1e3, "each")
+class FusedBlock(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = FusedAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class FusedGPT(nn.Module):
+    """GPT-2: learned positions, and a head that shares the weights of the embeddings."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.blocks = nn.ModuleList([FusedBlock(config) for _ in range(config.n_layer)])
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.wte.weight
+
+    def forward(self, idx):
+        x = self.wte(idx) + self.wpe(torch.arange(idx.shape[1]))
+        for block in self.blocks:
+            x = block(x)
+        return self.lm_head(self.ln_f(x))
+
+
+def fused_step(model, optimizer, batch):
+    logits = model(batch.idx)
+    loss = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=-100)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    return loss.item()
+
+
+def step(model, optimizer, batch, args, with_cat):
+    """A step as train.py takes it."""
+    logits, attentions = model(batch.idx)
+    loss = train.next_token_loss(logits, batch)
+    if with_cat:
+        loss = loss + args.gamma * train.attention_loss(attentions, batch, args)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=200)
+    flags = parser.parse_args()
+    torch.set_num_threads(flags.threads)
+    torch.manual_seed(0)
+    args = train.parse_args(["--rows", "160", "--test-rows", "1", "--device", "cpu"])
+    data = train.load_data(args, 1, STG, files={})
+    config = GPTConfig(vocab_size=data.tokenizer.n_vocab)
+    model, fused = GPT(config), FusedGPT(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    fused_optimizer = torch.optim.AdamW(fused.parameters(), lr=1e-4, fused=True)
+
+    times = {"with CAT": [], "without": [], "fused": []}
+    for i in range(flags.steps + 10):
+        start = i * args.batch_size % len(data.train)
+        batch = collate(data.train[start:start + args.batch_size])
+        for name in times:
+            begin = time.perf_counter()
+            if name == "fused":
+                fused_step(fused, fused_optimizer, batch)
+            else:
+                step(model, optimizer, batch, args, with_cat=name == "with CAT")
+            times[name].append(1000 * (time.perf_counter() - begin))
+
+    medians = {name: statistics.median(values[10:]) for name, values in times.items()}  # warm
+    print(f"{flags.threads} threads, torch {torch.__version__}, {flags.steps} steps in turns")
+    for name, milliseconds in medians.items():
+        print(f"{name:8} {milliseconds:6.2f} ms, {milliseconds / medians['fused']:.2f} of fused")
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(int(sys.argv[1]) if len(sys.argv) > 1 else torch.get_num_threads())
-    torch.manual_seed(0)
-    examples, ix, times = generate(STG, 16), torch.arange(16), []
-    data = encode(examples, build_tokenizer(e.input + e.target for e in examples))
-    plain, fused = (GPT(GPTConfig(data.tokenizer.n_vocab, data.idx.shape[1])) for _ in range(2))
-    for block in fused.blocks:
-        block.attn.forward = MethodType(fused_forward, block.attn)
-    plain, fused = ((model, torch.optim.AdamW(model.parameters())) for model in (plain, fused))
-    for _ in range(210):
-        times.append([])
-        for model, use_cat in (plain, True), (plain, False), (fused, False):  # in turns
-            start = time.perf_counter()
-            step(*model, data, ix, use_cat)
-            times[-1].append(1000 * (time.perf_counter() - start))
-    cat, without, fused = zip(*times[10:])  # the first warm up
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, medians of 200 steps:")
-    print(f"with CAT {median(cat):.2f} ms, without {median(without):.2f} ms, ratio "
-          f"{median(a / b for a, b in zip(cat, without)):.3f}")
-    print(f"fused, without map {median(fused):.2f} ms, ratio of the step without CAT to it "
-          f"{median(a / b for a, b in zip(without, fused)):.3f}")
+    main()

@@ -1,165 +1,269 @@
-"""Labelling with an assistant, against a stand-in that also misbehaves, and scores made by hand."""
-import json
+"""Labels by an assistant, played by lines of shell, and the commands of data.py."""
 import os
 import signal
-import subprocess
-import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from data import Example, dump, main, parse_reply
+from data import (STG, UserError, annotate, generate, main, parse_reply, read, run_assistant,
+                  run_main, to_line)
 
-STAND_IN = '''
-import json, os, signal, sys
-prompt = sys.stdin.read()
-mode = json.loads(prompt.split("\\n")[-2])["input"].split()[0]
-with open("tries", "a") as file:
-    file.write(mode + "\\n")
-again = open("tries").read().split().count(mode)
-good = '{"High Risk": ["Smoking: 8"]}'
-if mode == "saves":
-    json.dump([prompt, sys.argv], open("saved", "w"))
-if mode == "removes":
-    os.remove("out.jsonl")
-if mode == "interrupts" and again == 1:
-    os.kill(os.getppid(), signal.SIGINT)
-if mode == "blocks":
-    signal.pause()
-print({"cat": prompt, "third": good if again == 3 else "", "silent": ""}.get(mode, good))
-sys.exit(3 if mode == "fails" else 0)
-'''
-ASSISTANT = f"{sys.executable} -S assistant.py"
-LABEL = ["annotate", "questions.jsonl", "--demos", "demos.jsonl", "--assistant", ASSISTANT,
-         "--out", "out.jsonl"]
-TEXT = "Smoking: 8, Room: 5 é Answer: "
-GOOD = {"High Risk": ["Smoking: 8"]}
-lines = lambda: Path("out.jsonl").read_text().splitlines(keepends=True)
+# ----------------------------------------------------------------------------
+# Replies
 
-
-def question(mode, *important, text=TEXT):
-    return Example(f"{mode} {text}", "High Risk", important)
-
-
-def write(name, examples):
-    Path(name).write_text("".join(map(dump, examples)))
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
-    """Runs data.py in a folder with demos.jsonl: run(*arguments) is (code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-    Path("assistant.py").write_text(STAND_IN)
-    Path("tries").touch()
-    write("demos.jsonl", [question("demo", GOOD)])
-
-    def run(*arguments):
-        code = 0
-        try:
-            main([str(argument) for argument in arguments])
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-    return run
-
-
-SMOKE, ROOM = json.dumps(GOOD), '{"Room": ["Smoking"]}'
-WHOLE = json.dumps({"input": TEXT, "target": "High Risk", "important": [GOOD]})
-OTHER = WHOLE.replace("Room", "Tax")
-
-
-@pytest.mark.parametrize("reply, important", [
-    (f"Sure [1]:\n```json\n{SMOKE}\n```\nHope [that] helps.", [GOOD]), (WHOLE, [GOOD]),
-    (f"[{SMOKE},\n {ROOM}]", [GOOD, json.loads(ROOM)]), (f'{{"important": [{SMOKE}]}}', [GOOD]),
-    (f"{SMOKE}\n{ROOM}", [GOOD, json.loads(ROOM)]),
-    (f"<think>{ROOM} {{</think>{SMOKE}", [GOOD]),
-    ('{"High Risk": ["8"], "High Risk": "5"}', [{"High Risk": ["8", "5"]}])])
-def test_all_objects_of_the_answer_count(reply, important):
-    labelled = parse_reply(reply, Example(TEXT, "High Risk", spurious=("5",), source="x:1"))
-    assert labelled == Example(TEXT, "High Risk", tuple(important), ("5",), "x:1")
+LABEL = '{"High": ["8"]}'
+OTHER = '{"High": ["5"]}'
+ECHO = '{"input": "8 ", "target": "High", "important": [{"High": ["8"]}]}'
 
 
 @pytest.mark.parametrize("reply", [
-    f"<think>{SMOKE}</think> I don't know", f"<think>{SMOKE}", f"{SMOKE} no, better: {ROOM}",
-    OTHER, f"{OTHER}\n{WHOLE}",  # echoes
-    f"[{SMOKE}, {ROOM}]"[:-5], f"[{SMOKE}",  # cut
-    '{"High Risk": ["Smoking: 8",]}', "{'High Risk': ['Smoking: 8']}",
-    '{"effect": "High Risk", "causes": ["Smoking: 8"]}', '[{"High Risk": ["8"]}, 8]',
-    '{"important": [8]}', '{"Smoking": ["Room: 5"]}', "[]", "", '{"a": ' * 3000,
-    json.dumps({"High Risk": ["Smoking: 8"] + ["x"] * 9_999})])
-def test_what_the_assistant_did_not_say_is_no_label(reply):
-    with pytest.raises((ValueError, AttributeError, RecursionError)):
-        parse_reply(reply, Example(TEXT, "High Risk"))
+    LABEL,
+    '{"High": "8"}',
+    f"[{LABEL}]",
+    f'{{"important": [{LABEL}]}}',
+    f"Sure, here it is:\n```json\n{LABEL}\n```\n",
+])
+def test_one_json_value_that_ends_the_reply_is_the_label(reply):
+    assert parse_reply(reply) == [("High", ["8"])]
 
 
-def test_what_has_no_usable_reply_is_counted_and_asked_again(run):
-    modes = ["plain", "cat", "third", "silent", "fails"]
-    write("questions.jsonl", map(question, modes))
-    for usable in 1, 1, 2:
-        code, out, err = run(*LABEL)
-        assert code == 0 and err == ""
-        assert f"{5 - usable} without a usable reply, such as questions.jsonl:2: " in out
-        assert lines() == [dump(question(mode, GOOD)) for mode in ("plain", "third")[:usable]]
-    assert [Path("tries").read_text().split().count(mode) for mode in modes] == [1, 3, 3, 3, 3]
+def test_a_list_holds_several_labels():
+    assert parse_reply(f'[{LABEL}, {{"8": ["5", "7"]}}]') == [("High", ["8"]), ("8", ["5", "7"])]
 
 
-def test_a_command_that_is_not_done_in_time_is_no_answer(run, monkeypatch):
-    real = subprocess.run
-    monkeypatch.setattr(subprocess, "run", lambda *words, **k: real(*words, **k | {"timeout": 0.3}))
-    write("questions.jsonl", [question("blocks")])
-    assert "1 without a usable reply" in (out := run(*LABEL)[1]) and "0.3 seconds" in out
-    assert lines() == []
+@pytest.mark.parametrize("start, end", [
+    ("<think>", "</think>"),
+    ("<thinking>", "</thinking>"),
+    ("<reasoning>", "</reasoning>"),
+    ("[THINK]", "[/THINK]"),
+    ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
+    ("Thinking...\n", "\n...done thinking.\n\n"),
+])
+def test_a_draft_is_no_label(start, end):
+    assert parse_reply(f"{start}{OTHER} or {{{end}{LABEL}") == [("High", ["8"])]
+    assert parse_reply(f"{start}{LABEL}{end}[]") == []
+    with pytest.raises(ValueError, match="no JSON"):
+        parse_reply(f"{start}{LABEL}{end}I can't say.")
+    with pytest.raises(ValueError, match="a draft that does not end"):
+        parse_reply(f"{start}{LABEL}")
 
 
-def test_the_text_goes_to_standard_input_only_and_no_shell_sees_it(run):
-    text = "Smoking: 8; touch hacked; $(touch hacked) `touch hacked`\n' \" \\ \u2028 Answer: "
-    labelled = replace(question("saves", {"High Risk": ["touch"]}, text=text), spurious=("hacked",))
-    write("questions.jsonl", [labelled])
-    assert run(*LABEL, "--assistant", f"{ASSISTANT} '$(touch hacked)' ; touch hacked")[0] == 0
-    prompt, argv = json.loads(Path("saved").read_text())
-    assert argv == ["assistant.py", "$(touch hacked)", ";", "touch", "hacked"]
-    assert not os.path.exists("hacked")
-    *_, demo, asked, end = prompt.split("\n")
-    assert f"{demo}\n" == dump(question("demo", GOOD)) and end == ""
-    assert f"{asked}\n" == dump(question("saves", text=text))  # without what it was labelled with
-    assert Path("out.jsonl").read_text() == dump(replace(labelled, important=[GOOD]))
+@pytest.mark.parametrize("reply, message", [
+    ("", "no JSON in the reply"),
+    (f"{LABEL} is wrong.", "Extra data"),
+    (f"{LABEL}\n{OTHER}", "Extra data"),
+    (f"As in [1]: {LABEL}", "Extra data"),
+    (f"[{LABEL}, ", "Expecting value"),
+    (f"[{LABEL}", "Expecting ','"),
+    ('{"High": ["8', "Unterminated string"),
+    ("{'High': ['8']}", "Expecting property name"),
+    ("[" * 100_000, "too many brackets"),
+    (ECHO, "an echo"),
+    (f"[{ECHO}]", "an echo"),
+    ('["8"]', "no label: '8'"),
+    ('{"High": [8]}', "no label: {'High'"),
+    ('{"important": "8"}', "no label: '8'"),
+    ('{"High": ["\\ud83d"]}', "no label: {'High'"),
+    ('{"High": ["8"], "High": ["5"]}', "'High' stands twice"),
+])
+def test_anything_else_is_no_label(reply, message):
+    with pytest.raises(ValueError, match=message):
+        parse_reply(reply)
 
 
-def test_ctrl_c_is_one_line_and_the_same_command_goes_on(run):
-    write("questions.jsonl", map(question, ["a", "interrupts", "removes", "b"]))
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # may have been ignored
-    assert run(*LABEL)[::2] == (2, "data.py: interrupted: the same command goes on\n")
-    signal.signal(signal.SIGINT, before)
-    assert lines() == [dump(question("a", GOOD))]
-    assert run(*LABEL)[0] == 0
-    assert lines() == [dump(question(mode, GOOD)) for mode in ("removes", "b")]  # no later one lost
-    assert Path("tries").read_text().split() == ["a", "interrupts", "interrupts", "removes", "b"]
+# ----------------------------------------------------------------------------
+# The assistant's command
+
+def test_the_shell_runs_the_command_and_its_pipes():
+    assert run_assistant("cat | tr 5 8", "é: 5", timeout=60) == "é: 8"
 
 
-@pytest.mark.parametrize("flag, value, part", [
-    ("--assistant", "no-such-program -x", "no-such-program"), ("--assistant", "", "''"),
-    ("--assistant", "python 'x", "No closing quotation"), ("--demos", "none.jsonl", "none"),
-    ("--out", ".", "'.'"), ("--out", "notes", "notes:1: "), ("--out", "cut", "cut:2: ")])
-def test_a_wrong_argument_is_one_line_before_anything_is_written(run, flag, value, part):
-    write("questions.jsonl", [question("a")])
-    Path("notes").write_text("my notes")  # an output that is something else
-    Path("cut").write_text(dump(question("a")) + '{"input": "x')
-    before = {path: path.read_bytes() for path in Path().iterdir() if path.stat().st_size}
-    code, _, err = run(*LABEL, flag, value)
-    assert code == 2 and part in err and err.startswith("data.py: ") and err.count("\n") == 1
-    assert {path: path.read_bytes() for path in Path().iterdir() if path.stat().st_size} == before
+def test_a_reply_that_is_not_utf8_is_read():
+    assert run_assistant("printf 'caf\\351'", "", timeout=60) == "caf\ufffd"
 
 
-def test_check_gives_the_scores_and_the_phrases_that_differ(run):
-    for name, labels in (("labelled", dict(over="8 5", none="", mine="5", same="5", under="8 4")),
-                         ("truth", dict(theirs="8", under="8 4 5", none="8", over="8", same="5"))):
-        write(f"{name}.jsonl", [question(mode, {"High Risk": phrases.split()}, text="5, 8, 4: ")
-                                for mode, phrases in labels.items()])
-    code, out, err = run("check", "labelled.jsonl", "--against", "truth.jsonl")
-    # over 1 of 2 labelled and 1 true, none 0 of 0 and 1, under 2 of 2 and 3, same 1 of 1 and 1
-    assert code == 0 and err == "" and out.splitlines()[2:] == [
-        f"4 of 5 compared; edges: precision {4 / 5:.3f}, recall {4 / 6:.3f}, "
-        f"F1 {8 / 11:.3f}", "labelled.jsonl:1: missing [], too many ['5']",
-        "labelled.jsonl:2: missing ['8'], too many []",
-        "labelled.jsonl:5: missing ['5'], too many []"]
+def test_what_the_assistant_says_to_stderr_is_seen(capfd):
+    run_assistant("echo loading >&2", "", timeout=60)
+    assert capfd.readouterr().err == "loading\n"
+
+
+def test_a_command_that_fails_gives_no_reply():
+    with pytest.raises(ValueError, match="the command failed with code 3"):
+        run_assistant("echo '[]'; exit 3", "", timeout=60)
+
+
+@pytest.mark.parametrize("command", ["no-such-program", "cat | /"])
+def test_a_command_that_can_not_be_run_is_the_users_mistake(command):
+    with pytest.raises(UserError, match="--assistant '.*': the shell can't run it: give"):
+        run_assistant(command, "", timeout=60)
+
+
+def test_a_time_out_ends_what_the_shell_started_too(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    command = f"(exec >{pipe}; sleep 2; echo alive) | cat"
+    with pytest.raises(ValueError, match="no reply in 0.5 seconds"):
+        run_assistant(command, "", timeout=0.5)
+    # This waits until nobody can write any more, and would read "alive" from who was left.
+    os.set_blocking(reader, True)
+    assert os.read(reader, 10) == b""
+    os.close(reader)
+
+
+# ----------------------------------------------------------------------------
+# Files of labels
+
+TEXT = "Smoking: 8, Room: 5 Answer: "
+IMPORTANT = [("High Risk", ["Smoking: 8"])]
+SAY = """echo '{"High Risk": ["Smoking: 8"]}'"""
+DEMO = to_line("demo " + TEXT, "High Risk", IMPORTANT)
+
+
+def label(assistant):
+    annotate("questions.jsonl", "demos.jsonl", assistant, "out.jsonl")
+
+
+def labelled(*names):
+    return "".join(to_line(f"{name} {TEXT}", "High Risk", IMPORTANT) for name in names)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The working folder, with three questions and a demonstration."""
+    monkeypatch.chdir(tmp_path)
+    questions = [to_line(f"{name} {TEXT}", "High Risk") for name in ("one", "two", "three")]
+    Path("questions.jsonl").write_text("".join(questions))
+    Path("demos.jsonl").write_text(DEMO)
+    return tmp_path
+
+
+def test_usable_replies_become_labels(folder, capsys):
+    label(SAY)
+    assert Path("out.jsonl").read_text() == labelled("one", "two", "three")
+    assert capsys.readouterr().out == "3 labelled, 0 without a usable reply\n"
+
+
+def test_the_prompt_ends_with_the_demonstrations_and_the_bare_question(folder):
+    text = "$(touch hacked) `touch hacked`; 'é' \u2028 \\"
+    Path("questions.jsonl").write_text(to_line(text, "x", [("x", ["é"])], ["hacked"]))
+    label("""cat > prompt; echo '{"x": ["touch"]}'""")
+    prompt = Path("prompt").read_text()
+    assert prompt.endswith("\n\n" + DEMO + to_line(text, "x"))
+    assert not Path("hacked").exists()
+    # The spurious phrases stay, and the assistant's causes replace the old ones.
+    assert Path("out.jsonl").read_text() == to_line(text, "x", [("x", ["touch"])], ["hacked"])
+
+
+@pytest.mark.parametrize("reply, message", [
+    ("I don't know", "no JSON in the reply"),
+    ("[]", "no cause that stands before its effect"),
+    ('{"High Risk": ["Height: 8"]}', "no cause that stands before its effect"),
+    ('{"Smoking": ["Room: 5"]}', "no cause that stands before its effect"),
+])
+def test_an_unusable_reply_is_counted_and_not_saved(folder, capsys, reply, message):
+    Path("reply").write_text(reply)
+    label("cat reply")
+    count, first = capsys.readouterr().out.splitlines()
+    assert count == "0 labelled, 3 without a usable reply"
+    assert first.startswith(f"the first of them: questions.jsonl:1: {message}; ")
+    assert Path("out.jsonl").read_text() == ""
+
+
+def test_only_what_has_no_label_is_asked_again(folder):
+    label(f"tail -n 1 | grep -q two && {SAY}")
+    assert Path("out.jsonl").read_text() == labelled("two")
+    label(f"echo asked >> asked; {SAY}")
+    assert Path("out.jsonl").read_text() == labelled("two", "one", "three")
+    assert Path("asked").read_text() == "asked\n" * 2
+
+
+def test_a_command_that_is_not_there_ends_the_work_at_the_first_question(folder):
+    with pytest.raises(UserError, match="no-such-program"):
+        label("echo asked >> asked; no-such-program")
+    assert Path("asked").read_text() == "asked\n"
+
+
+def test_ctrl_c_loses_no_label(folder):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # it may have been ignored
+    interrupt = f"tail -n 1 | grep -q two && kill -INT {os.getpid()} && sleep 10; {SAY}"
+    with pytest.raises(KeyboardInterrupt):
+        label(interrupt)
+    assert Path("out.jsonl").read_text() == labelled("one")
+
+
+def test_an_output_without_a_last_newline_loses_no_label(folder):
+    Path("out.jsonl").write_text(labelled("one").rstrip())
+    label(SAY)
+    assert Path("out.jsonl").read_text() == labelled("one", "two", "three")
+
+
+# ----------------------------------------------------------------------------
+# The commands
+
+def test_show_says_what_should_look_at_what_and_the_items(folder, capsys):
+    important = [("7", ["Tax: 5", "Age"])]
+    Path("rows.jsonl").write_text(labelled("one") + to_line("Age, Tax: 5 ", "7", important))
+    main(["show", "rows.jsonl", "--row", "2"])
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "Age, Tax: 5 7",
+        "'7' at 12 should look at '5' at 10, in the item 'Tax: 5'",
+        "'7' at 12 should look at 'Age' at 0, in the item 'Age'",
+    ]
+
+
+def test_generate_writes_the_game(folder, capsys):
+    main(["generate", "--rows", "20", "--ood", "--seed", "4", "--out", "game.jsonl"])
+    assert capsys.readouterr().out == "wrote 20 examples to game.jsonl\n"
+    expected = generate(STG, 20, ood=True, seed=4)
+    for example, row in zip(expected, read("game.jsonl"), strict=True):
+        assert (row.input, row.target) == (example.input, example.target)
+
+
+def test_annotate_is_a_command(folder):
+    words = "annotate questions.jsonl --demos demos.jsonl --out out.jsonl --assistant".split()
+    main(words + [SAY])
+    assert Path("out.jsonl").read_text() == labelled("one", "two", "three")
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ("", "required: command"),
+    ("show none.jsonl", "none.jsonl"),
+    ("show demos.jsonl --row 0", "--row is 0: demos.jsonl has the rows 1 to 1"),
+    ("show demos.jsonl --row 2", "--row is 2"),
+    ("generate --rows 0 --out game.jsonl", "0 examples are asked for"),
+    ("generate --out none/game.jsonl", "none/game.jsonl"),
+    ("annotate questions.jsonl --demos none.jsonl --assistant cat --out out.jsonl", "none.jsonl"),
+    ("annotate questions.jsonl --demos demos.jsonl --assistant cat --out notes", "notes:1: no"),
+])
+def test_a_mistake_is_one_line(folder, arguments, message, capsys):
+    Path("notes").write_bytes(b"caf\xe9\n")
+    before = sorted(Path().iterdir())
+    with pytest.raises((UserError, OSError), match=rf"^.*{message}.*\Z"):
+        main(arguments.split())
+    assert sorted(Path().iterdir()) == before
+    assert Path("notes").read_bytes() == b"caf\xe9\n"
+
+
+@pytest.mark.parametrize("error, line", [
+    (UserError("rows.jsonl:1: no JSON"), ": rows.jsonl:1: no JSON\n"),
+    (UserError("\u2028 \udcff"), ": \u2028 \\udcff\n"),
+    (FileNotFoundError(2, "Not there", "x"), ": [Errno 2] Not there: 'x'\n"),
+    (KeyboardInterrupt(), "it goes on\n"),
+])
+def test_the_program_ends_with_that_line(error, line, capsys):
+    def fail(arguments):
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        run_main(fail, on_interrupt="it goes on")
+    assert end.value.code == 2
+    assert capsys.readouterr().err.endswith(line)
+
+
+def test_a_mistake_in_the_code_ends_in_its_traceback():
+    def fail(arguments):
+        raise ValueError("a shape")
+
+    with pytest.raises(ValueError, match="a shape"):
+        run_main(fail, on_interrupt="it goes on")

@@ -1,207 +1,316 @@
-"""Numbers, phrases to edges, JSON Lines, and examples with other numbers or another order."""
+"""Labelled text: which places a phrase stands at, which edges follow, and what a file may hold."""
+import json
 import math
+import os
 import random
 import re
-from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from data import (NUMBER, STG, STG_H, Example, dump, find, generate, hold_out, main,
-                  phrases_to_edges, read, redraw, reorder)
+from data import (NUMBER, STG, Example, Feature, Game, UserError, choose_causes, find, game_line,
+                  generate, hold_out, inner_places, link, read)
+
+RELEASED = os.environ.get("CAT_RELEASED_DATA")
 
 
-@pytest.mark.parametrize("text, numbers", [
-    ("COVID-19, COVID–19, F-16, v1.2.3", []), ("PM2.5: 40, Vitamin B12: 30", ["40", "30"]),
-    ("5-6 days, wards 10–12, 7:50, 1/3 of 1,000. ", ["5-6", "10–12", "7:50", "1/3", "1,000"]),
-    ("on 2024-05-06, a 0-100 scale, .5 and 1e-5", ["2024-05-06", "0-100", ".5", "1e-5"]),
-    ("Score: -6.9. (-5) $-3 −2, 4 - 2", ["-6.9", "-5", "-3", "−2", "4", "2"]),
-    ("38th; 73.8%; 114.2Mbps. Then 3.5.", ["38", "73.8", "114.2", "3.5"]),
-    ("10%-20%, 5°-7°", ["10", "20", "5", "7"])])
-def test_a_number_is_one_whole_value(text, numbers):
-    assert NUMBER.findall(text) == numbers
+def edges_in(example):
+    """[(effect, cause)] as texts."""
+    text = example.input + example.target
+    return [(text[slice(*effect)], text[slice(*cause)]) for effect, cause in example.edges]
 
 
-@pytest.mark.parametrize("text, phrase, found", [  # [(start, what stands there)]
-    ("1 10 1.5 15.0 -1 1/3 1e5 1", "1", [(0, "1"), (25, "1")]),
-    ("5.0 15.0 5.05 5.0.", "5.0", [(0, "5.0"), (14, "5.0")]), ("2-5 and -5", "-5", [(8, "-5")]),
-    ("2.5 and .5", ".5", [(8, ".5")]), ("1,000 000", "000", [(6, "000")]),
-    ("Sandy and the sand", "and", [(6, "and")]), ("least east", "east", [(6, "east")]),
-    ("mileage: 45, age: 45", "age: 45", [(13, "age: 45")]),
-    ("5kg, 15kg", "kg", []), ("PM2.5", "5", []), ("a a", " ", []), ("a a", "", []),  # none whole
-    ("High high", "High", [(0, "High")]), ("HIGH high", "High", [(0, "HIGH"), (5, "high")]),
-    ("has 5 \u00a0apples", " 5 apples\n", [(4, "5 \u00a0apples")]),
-    ("Tom’s “old” car", "tom's \"old\" car", [(0, "Tom’s “old” car")]),
-    ("un café", "cafe\u0301", [(3, "café")]), ("é: İ 3", "É: İ 3", [(0, "é: İ 3")]),
-    ("(a+b) [x]*", "(A+B) [x]*", [(0, "(a+b) [x]*")])])
-def test_a_phrase_stands_at_word_boundaries_in_any_white_space_quotes_and_accents(
-        text, phrase, found):
-    spans = find(text, phrase, notes := [])
-    assert [(a, text[a:b]) for a, b in spans if ("inside words", phrase) not in notes] == found
+def spurious_in(example):
+    return [example.input[slice(*span)] for span in example.spurious]
 
 
-def linked(input, target, *important):
-    """The edges as [(effect, its start, cause, its start)], and the notes."""
-    edges, _, _, notes = phrases_to_edges(Example(input, target, important))
-    text = input + target
-    return [(text[slice(*e)], e[0], text[slice(*c)], c[0]) for e, c in edges], notes
-
-
-RISK = "Weight: 4, Smoking: 8, high risk? Answer: ", "High Risk"
-
-
-@pytest.mark.parametrize("texts, important, edges, notes", [
-    (RISK, [{"High Risk": ["Smoking: 8", "weight: 4", "Height: 1"]}],
-     [("High Risk", 42, "Smoking: 8", 11), ("High Risk", 42, "Weight: 4", 0)],
-     [("not found", "Height: 1")]),
-    (RISK, [{"high risk": ["Weight"]}], [("High Risk", 42, "Weight", 0)], []),  # the target first
-    (RISK, [{"Smoking": ["Weight", "high risk"]}, {"No": ["Weight"]}],
-     [("Smoking", 11, "Weight", 0)], [("late", "high risk"), ("not found", "No")]),
-    (("5 and 5 Answer: ", "5"), [{"5": ["5", "5"]}], [("5", 16, "5", 0), ("5", 16, "5", 6)], []),
-    (("It is:", "positive"), [{"positive": ["is:"]}], [("positive", 6, "is:", 3)], []),
-    (("Room: 3 Answer: ", "32"), [{"Answer: 32": ["3"]}], [("Answer: 32", 8, "3", 6)], []),
-    # a cause that overlaps its effect is none
-    (("a b c ", "d"), [{"b c": ["a b", "a"]}], [("b c", 2, "a", 0)], [("late", "a b")]),
-    # a place inside a word is the last resort, after whole places outside the target
-    (("It causes rain and Sandy: ", "Now"), [{"Now": ["cause", "and"]}],
-     [("Now", 26, "cause", 3), ("Now", 26, "and", 15)], [("inside words", "cause")]),
-    (("No: x ", "Now"), [{"No": ["x"]}], [], [("late", "x")]),
-    # a phrase that stands everywhere gives no edges
-    (("a " * 2000, "x"), [{"x": [" ", "a"]}, {"a": ["a"]}], [],
-     [("not found", " "), ("not found", "a"), ("not found", "a")]),
-    (("a " * 50, "x"), [{"x": ["a"]}], [("x", 100, "a", 2 * n) for n in range(50)], [])])
-def test_phrases_become_edges(texts, important, edges, notes):
-    assert linked(*texts, *important) == (edges, notes)
-
-
-GOOD = '{"input": "Wert: 8 e\u0301 ", "target": 3, "important": {"3": "Wert: 8", "3": ["é"]}}'
-
-
-def write(tmp_path, text):
-    path = tmp_path / "examples.jsonl"
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+def write(tmp_path, *lines):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes("\n".join(lines).encode(errors="surrogateescape"))
     return path
 
 
-def test_reads_bom_crlf_blank_lines_numbers_accents_and_equal_effects(tmp_path, capsys):
-    path = write(tmp_path, "\ufeff" + GOOD + "\r\n\r\n" + GOOD.replace("3", "4.5") + "\n\n")
-    examples = read(path)
-    assert [(e.input, e.target) for e in examples] == [("Wert: 8 é ", "3"), ("Wert: 8 é ", "4.5")]
-    assert examples[0].important == ({"3": ["Wert: 8", "é"]},)
-    assert examples[1].source == f"{path}:3"
-    assert capsys.readouterr().out == (
-        f"{path}: 2 examples; 2 with edges; 2 with edges at the answer\n")
+# ----------------------------------------------------------------------------
+# Numbers and phrases
+
+@pytest.mark.parametrize("text, numbers", [
+    ("COVID-19, COVID–19, F-16, v1.2.3", ""),
+    ("PM2.5: 40, Vitamin B12: 30", "40 30"),
+    ("5-6 days, wards 10–12, 7:50, 1/3 of 1,000. ", "5-6 10–12 7:50 1/3 1,000"),
+    ("on 2024-05-06, a 0-100 scale, .5 and 1e-5", "2024-05-06 0-100 .5 1e-5"),
+    ("Score: -6.9. (-5) $-3 −2, 4 - 2", "-6.9 -5 -3 −2 4 2"),
+    ("38th; 73.8%; 114.2Mbps. Then 3.5.", "38 73.8 114.2 3.5"),
+    ("10%-20%, 5°-7°", "10 20 5 7"),
+])
+def test_a_number_is_one_whole_value(text, numbers):
+    assert NUMBER.findall(text) == numbers.split()
 
 
-def test_the_summary_counts_what_is_not_used(tmp_path, capsys):
-    path = write(tmp_path, "".join(
-        dump(Example("Weight: 4, Room: 5 ", "x", ({effect: [cause]},))) for effect, cause in (
-            ("x", "Weigth: 4"), ("Room", "Weight: 4"), ("x", "oom: 5"), ("Weight", "Room"))))
-    read(path)
-    assert capsys.readouterr().out == (
-        f"{path}: 4 examples; 2 with edges; 1 with edges at the answer; "
-        f"1 phrases not found, such as 'Weigth: 4' in {path}:1; "
-        f"1 phrases inside words, such as 'oom: 5' in {path}:3; "
-        f"1 phrases late, such as 'Room' in {path}:4\n")
+def mark(text, phrase):
+    """The text with «phrase» where it is found as whole words, or else ‹phrase› inside words."""
+    spans, whole = find(text, phrase, inner_places(text))
+    if whole:
+        left, right = "«»"
+    else:
+        left, right = "‹›"
+    for start, end in reversed(spans):
+        text = text[:start] + left + text[start:end] + right + text[end:]
+    return text
+
+
+@pytest.mark.parametrize("phrase, marked", [
+    # Whole words and numbers come first.
+    ("and", "Sandy «and» the sand"),
+    ("age: 45", "mileage: 45, «age: 45»"),
+    ("1", "«1» 10 1.5 15.0 -1 1/3 1e5 «1»"),
+    (".5", "2.5 and «.5»"),
+    ("-5", "2-5 and «-5»"),
+    ("000", "1,000 «000»"),
+    ("kg", "5‹kg›, 15‹kg›"),
+    ("5", "PM2.‹5›"),
+    (".2", "v1‹.2›"),
+    # So does the case that is written.
+    ("High", "«High» high"),
+    ("High", "«HIGH» «high»"),
+    # White space, quotes and accents may be written in other ways.
+    (" 5 Apples\n", "has «5 \u00a0Apples» or 5 apples"),
+    ("Tom's “old” car", "«Tom’s \"old\" car»"),
+    ("cafe\u0301", "un «café»"),
+    ("(A+B) [x]*", "«(a+b) [x]*»"),
+    # Vowel signs, soft hyphens and zero-width joiners belong to their word.
+    ("कम", "कमी «कम»"),
+    ("कम", "‹कम›ी"),
+    ("म", "की‹म›"),
+    ("Schiff", "‹Schiff›\u00adfahrt"),
+    ("fahrt", "Schiff\u00ad‹fahrt›"),
+    ("خواهم", "نمی\u200c‹خواهم›"),
+    ("ष", "क\u200d‹ष›"),
+    ("b", "a\u2060‹b›"),
+    # A script without blanks has no words to be inside of.
+    ("静", "陈«静»颜色"),
+    # What is blank, not there, or in over 100 places is not found.
+    (" ", "a a"),
+    ("b", "a a"),
+    ("a", "«a» " * 100),
+    ("a", "a " * 101),
+    ("a", "A " * 101 + "«a»"),
+])
+def test_where_a_phrase_stands(phrase, marked):
+    text = re.sub("[«»‹›]", "", marked)
+    assert mark(text, phrase) == marked
+
+
+# ----------------------------------------------------------------------------
+# Edges
+
+RISK = ("Weight: 4, Smoking: 8, high risk? Answer: ", "High Risk")
+
+
+@pytest.mark.parametrize("texts, effect, causes, edges", [
+    (RISK, "High Risk", ["Smoking: 8"], [((42, 51), (11, 21))]),
+    (RISK, "high risk", ["weight"], [((42, 51), (0, 6))]),  # in the target first
+    (RISK, "Smoking", ["Weight"], [((11, 18), (0, 6))]),  # an effect within the question
+    (("5 and 5 is ", "5"), "5", ["5", "5"], [((11, 12), (0, 1)), ((11, 12), (6, 7))]),
+    (("good? It is", "good"), "good", ["is"], [((11, 15), (9, 11))]),  # right behind a letter
+    (("x: 3 is ", "32"), "is 32", ["3"], [((5, 10), (3, 4))]),  # an effect across the border
+    (("No: x ", "Now"), "No", ["x"], []),  # a whole word in the question, before its cause
+])
+def test_causes_before_their_effect_become_edges(texts, effect, causes, edges):
+    example, _ = link(*texts, [(effect, causes)])
+    assert example.edges == edges
+
+
+@pytest.mark.parametrize("effect, cause, note", [
+    ("High Risk", "Height", "not found, or in over 100 places"),
+    ("No Risk", "Weight", "not found, or in over 100 places"),
+    ("High Risk", "moking: 8", "found only inside words"),
+    ("Smoking", "high risk", "not before its effect"),
+    ("Smoking: 8", "4, Smoking", "not before its effect"),
+])
+def test_a_phrase_of_no_use_is_noted(effect, cause, note):
+    _, notes = link(*RISK, [(effect, [cause])])
+    assert [what for what, _ in notes] == [note]
+
+
+def test_spurious_phrases_count_in_the_question_only():
+    example, notes = link("Weight: 4, high risk: ", "High Risk", [], ["weight: 4", "High Risk"])
+    assert example.spurious == [(0, 9), (11, 20)]
+    assert notes == []
+
+
+def test_text_without_blanks_gives_no_notes():
+    _, notes = link("颜色：红，吸烟：是，答案：", "高", [("高", ["是"])], ["红"])
+    assert notes == []
+
+
+# ----------------------------------------------------------------------------
+# Files
+
+GOOD = '{"input": "Wert: 8 ", "target": "3", "important": {"3": ["Wert: 8"]}}'
 
 
 @pytest.mark.parametrize("line", [
-    b"{", b"[" * 100000, b"3", b'{"input": "x"}', b"\xff", b'{"input": "\\ud800", "target": "x"}',
-    b'{"input": "x", "target": true}', b'{"input": " ", "target": "x"}',
-    b'{"input": "x", "target": "y", "important": ["z"]}',
-    b'{"input": "x", "target": "y", "important": {"y": [3]}}',
-    b'{"input": "x", "target": "y", "spurious": [3]}'])
-def test_a_bad_line_names_file_line_and_remedy(tmp_path, line):
-    path = write(tmp_path, GOOD.encode() + b"\n" + line + b"\n" + GOOD.encode())
-    with pytest.raises(ValueError, match=rf"^{path}:2: .*is no example: write [^\n]*\Z"):
+    GOOD,
+    "\ufeff" + GOOD,
+    GOOD + "\r",
+    GOOD.replace('"target": "3"', '"target": 3'),
+    GOOD.replace('["Wert: 8"]', '"Wert: 8"'),
+    GOOD.replace('{"3": ["Wert: 8"]}', '[{"3": ["Wert: 8"]}]'),
+    # null is a field that is not there, at every depth
+    GOOD.replace('["Wert: 8"]', '["Wert: 8", null]'),
+    GOOD.replace('{"3": ["Wert: 8"]}', '[null, {"3": ["Wert: 8"], "Nowhere": null}]'),
+    GOOD.replace("}}", '}, "spurious": null, "id": 7}'),
+    GOOD.replace("}}", '}, "spurious": [null]}'),
+])
+def test_ways_to_write_an_example(tmp_path, line, capsys):
+    path = write(tmp_path, line)
+    [example] = read(path)
+    assert example == Example("Wert: 8 ", "3", [((8, 9), (0, 7))], [], f"{path}:1")
+    assert capsys.readouterr().out == f"{path}: 1 examples, 1 of them with causes\n"
+
+
+def test_accents_are_one_character_and_empty_lines_are_none(tmp_path):
+    path = write(tmp_path, "", '{"input": "Cafe\u0301 ", "target": "x", "important": null}', "")
+    assert read(path) == [Example("Café ", "x", [], [], f"{path}:2")]
+
+
+@pytest.mark.parametrize("label", [
+    {"effect": {"cause": ["x"]}},
+    {"effect": ["x", 3]},
+    {"effect \ud83d": ["x"]},  # half of an emoji
+    "effect",
+])
+def test_a_malformed_label_is_left_out_and_shown_once(tmp_path, label, capsys):
+    important = [label, {"y": ["a"]}]
+    row = json.dumps({"input": "a ", "target": "y", "important": important})
+    path = write(tmp_path, GOOD, row, row)
+    examples = read(path)
+    assert [edges_in(example) for example in examples[1:]] == [[("y", "a")]] * 2
+    _, note = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(f"{path}: no label: 2, the first .*effect.* in {path}:2", note)
+
+
+def test_a_spurious_phrase_that_is_no_text_is_left_out(tmp_path, capsys):
+    path = write(tmp_path, GOOD.replace("}}", '}, "spurious": ["Wert", 8]}'))
+    assert read(path)[0].spurious == [(0, 4)]
+    assert f"no label: 1, the first 8 in {path}:1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("line, part", [
+    ("{", "no JSON"),
+    ("[" * 100_000, "no JSON"),
+    ("3", "3 is no object: write "),
+    ('{"target": "x"}', '"input" is not there'),
+    ('{"input": "x", "target": null}', '"target" is null'),
+    ('{"input": "x", "target": NaN}', '"target" is NaN'),
+    ('{"input": "x", "target": -1e999}', '"target" is -Infinity'),
+    ('{"input": "x", "target": true}', '"target" is true'),
+    ('{"input": ["x"], "target": "x"}', r'"input" is \["x"\]'),
+    ('{"input": " ", "target": "x"}', '"input" is " "'),
+    ('{"input": "x", "target": "y", "target": "z"}', "the key 'target' stands twice"),
+    (GOOD.replace("}}", ', "3": "Wert"}}'), "the key '3' stands twice"),
+    ('{"input": "\udcff", "target": "x"}', '"input" is .*udcff": give a text, in UTF-8'),
+    ('{"input": "\\ud83d", "target": "x"}', '"input" is .*ud83d": give'),
+])
+def test_a_wrong_line_is_named_with_what_was_found(tmp_path, line, part):
+    path = write(tmp_path, GOOD, line, GOOD)
+    with pytest.raises(UserError, match=rf"^{path}:2: .*{part}.*\Z"):
         read(path)
 
 
-texts = lambda examples: {example.input for example in examples}
+def test_a_file_without_examples(tmp_path):
+    path = write(tmp_path, "", "")
+    with pytest.raises(UserError, match=f"^{path}: no examples: give "):
+        read(path)
 
 
-def edge_texts(example):
-    text = example.input + example.target
-    return [(text[slice(*e)], text[slice(*c)]) for e, c in phrases_to_edges(example)[0]]
+# ----------------------------------------------------------------------------
+# Which causes to train with, and which examples
+
+CARD, _ = link("Smoking: 8 of 10, Mood: fair, Fingers: 12, Room: 5, Gene: 7 Answer: ", "High",
+               [("High", ["Smoking: 8 of 10", "Mood: fair"])], ["Fingers: 12"])
 
 
-def test_hold_out_splits_no_twins_and_changes_spurious_phrases_alone():
-    games = generate(STG, 300, seed=8)
-    train, held = hold_out(games * 2, 0.5, 1)
-    iid = texts(held["iid"])
-    assert not texts(train) & iid and len(texts(train)) == len(iid) == 150
-    assert Counter(e.input for e in held["iid"]) == dict.fromkeys(iid, 2)
-    assert 250 < len(held["ood"]) <= 300 and not texts(games) & texts(held["ood"])
-    assert all(len(edge_texts(example)) == 3 for example in held["ood"])  # no cause has changed
-    words = [Example(f"word{'x' * n} ", "y", ({"y": ["word"]},)) for n in range(9)]
-    assert hold_out(words, 0.3, 0)[1]["ood"] == []  # no OOD that is IID's twin
-    assert hold_out(words, 0.3, 0) != hold_out(words, 0.3, 1)
-    for share in (0, 1, 0.99, math.inf, math.nan):
-        with pytest.raises(ValueError, match=f"--val is {share}: give"):
-            hold_out(words, share, 0)
+@pytest.mark.parametrize("how, causes, spurious", [
+    ("value", ["8", "10", "Mood: fair"], ["12"]),  # each number of a phrase, or all of it
+    ("span", ["Smoking: 8 of 10", "Mood: fair"], ["Fingers: 12"]),
+    ("spurious", ["12"], ["12"]),
+])
+def test_the_causes_to_train_with(how, causes, spurious):
+    chosen = choose_causes(CARD, how, random.Random(0))
+    assert edges_in(chosen) == [("High", cause) for cause in causes]
+    assert spurious_in(chosen) == spurious
 
 
-@pytest.mark.parametrize("game", [STG, STG_H])
-def test_redrawn_and_reordered_examples_keep_causes_answers_and_names(game):
-    names = lambda example: [phrase.split(":")[0] for phrase in example.spurious]
-    examples, changed, rng, orders = generate(game, 60, seed=3), 0, random.Random(0), set()
-    for before, after in zip(examples, redrawn := redraw(examples, 1), strict=True):
-        assert edge_texts(before) == edge_texts(after) != [] and before.target == after.target
-        assert after.spurious in [e.spurious for e in examples] and names(before) == names(after)
-        assert all(phrase in after.input for phrase in after.spurious)
-        changed += before.input != after.input
-        other = reorder(before, rng)
-        assert sorted(other.input) == sorted(before.input)
-        assert edge_texts(other) == edge_texts(before)
-        orders.add(tuple(other.input.index(f"{f.name}: ") < other.input.index(f"{g.name}: ")
-                         for f in game.causal for g in game.causal))
-    assert changed > 50 and len(orders) > 5
-    assert len({e.spurious for e in redrawn}) > 20 and redrawn != redraw(examples, 2)
+def test_random_causes_are_as_many_other_numbers():
+    rng, seen = random.Random(0), set()
+    example, _ = link(CARD.input, "High", [("High", ["Smoking: 8 of 10"])])
+    for _ in range(20):
+        first, second = edges_in(choose_causes(example, "random", rng))
+        assert first != second
+        seen.update([first, second])
+    assert seen == {("High", "12"), ("High", "5"), ("High", "7")}
 
 
-def test_redrawn_phrases_change_places_at_once_and_leave_causes_alone():
-    examples = [Example(", ".join(some) + ". ", "x", ({"x": ["mild"]},), some) for some in (
-        ("red car", "blue"), ("green bus", "red car"), ("mild", "car"), ("black",))]
-    drawn = [texts(redraw(examples, seed)[n:n + 1]).pop() for seed in range(30) for n in range(4)]
-    assert {*drawn} == texts(examples)  # "mild" is a cause
+def test_random_causes_are_all_others_where_there_are_fewer():
+    example, _ = link("A: 1, B: 2, C: 3 ", "x", [("x", ["A: 1", "B: 2"])])
+    assert edges_in(choose_causes(example, "random", random.Random(0))) == [("x", "3")]
 
 
-def test_reorder_leaves_an_example_alone_that_would_change_its_meaning():
-    rng = random.Random(0)
-    for example in [Example("A: 1, B: 2 ", "x", ({"x": ["A: 1, B: 2"]},)),
-                    Example("A: 1, B: 2 ", "x", spurious=("1, B: 2",)), Example("No item", "x"),
-                    Example("Weight: 4 kg, Room: 5 ", "x"), Example("A: 1, or is it B: 2? ", "x"),
-                    Example("Day: 1, Price: 5, day: 2, Price: 7 ", "x")]:
-        assert all(reorder(example, rng) == example for _ in range(9))
-    inner = Example("A: 1, B: 2, C: 3 Answer: ", "x", ({"2": ["1"]},))
-    changed = {reorder(inner, rng).input.removesuffix(" Answer: ") for _ in range(40)}
-    assert changed == {"A: 1, B: 2, C: 3", "A: 1, C: 3, B: 2", "C: 3, A: 1, B: 2"}  # B after A
-    whole = Example("PM2.5: 40, Score: 8/10 ", "x")
-    assert {reorder(whole, rng).input for _ in range(9)} == {whole.input, "Score: 8/10, PM2.5: 40 "}
+def test_a_spurious_number_behind_an_effect_can_not_be_its_cause():
+    example, _ = link("A: 1, B: 2, C: 3 ", "x", [("B", ["A"])], ["C: 3"])
+    assert edges_in(choose_causes(example, "spurious", random.Random(0))) == []
 
 
-def test_show_says_what_should_look_at_what(tmp_path, capsys):
-    path = write(tmp_path, "\n" + "".join(map(dump, (
-        Example("陈静 ", "x", ({"x": ["静"]},)),
-        Example("Age: 8, Tax: 5 ", "7", ({"7": ["Tax: 5", "Age"]},))))))
-    for row, lines in (1, ["陈静 x", "'x' at 3 should look at '静' at 1"]), (
-            2, ["Age: 8, Tax: 5 7", "'7' at 15 should look at '5' at 13",
-                "'7' at 15 should look at 'Age' at 0"]):
-        main(["show", str(path), "--row", str(row)])
-        assert capsys.readouterr().out.splitlines()[1:] == lines
+def test_without_spurious_phrases_they_can_not_be_the_causes():
+    example, _ = link("A: 1 ", "x", [("x", ["A: 1"])], source="rows.jsonl:3")
+    with pytest.raises(UserError, match=r'^rows.jsonl:3: no "spurious" .*--causes value\Z'):
+        choose_causes(example, "spurious", random.Random(0))
 
 
-def test_command_line(tmp_path, capsys):
-    out, none = str(tmp_path / "game.jsonl"), str(tmp_path / "none.jsonl")
-    main(["generate", "STG_H", "--rows", "20", "--ood", "--seed", "4", "--out", out])
-    assert [replace(e, source="") for e in read(out)] == generate(STG_H, 20, True, 4)
-    empty = str(write(tmp_path, "\n"))
-    for args, part in [(["show", none], "none.jsonl"), (["show", empty], "no examples: give one"),
-                       (["generate", "STG", "--rows", "0", "--out", none], "rows is 0"),
-                       (["generate", "STG", "--out", none + "/x"], "none.jsonl/x")]:
-        with pytest.raises(SystemExit) as stop:
-            main(args)
-        error = capsys.readouterr().err
-        assert stop.value.code == 2 and part in error and error.count("\n") == 1
-    assert not Path(none).exists()
+def test_hold_out_keeps_equal_inputs_on_one_side():
+    examples = generate(STG, 20) * 2
+    train, held_out = hold_out(examples, 0.25, seed=1)
+    trained = {example.input for example in train}
+    held = {example.input for example in held_out}
+    assert len(train) == 30
+    assert len(held_out) == 10
+    assert not trained & held
+    assert held_out != hold_out(examples, 0.25, seed=2)[1]
+
+
+@pytest.mark.parametrize("share", [0, 0.01, 0.99, 1, -0.5, math.inf, math.nan])
+def test_a_share_that_leaves_a_side_empty(share):
+    with pytest.raises(UserError, match=f"^--val is {share:g}: give .* 20 different inputs$"):
+        hold_out(generate(STG, 20), share, 0)
+
+
+# ----------------------------------------------------------------------------
+# The game as a file, and the authors' files
+
+def test_a_game_that_is_written_to_a_file_comes_back_with_the_same_spans(tmp_path):
+    for ood in (False, True):
+        examples = generate(STG, 100, ood)
+        path = write(tmp_path, "".join(game_line(example) for example in examples))
+        for before, after in zip(examples, read(path), strict=True):
+            assert after.input + after.target == before.input + before.target
+            assert after.edges == before.edges
+            assert after.spurious == before.spurious
+
+
+def test_names_that_clash_are_not_written():
+    game = Game([Feature("weight", weight=1.0)], [], [Feature("Body weight")], "{features}: ",
+                [(0.0, "x")])
+    examples = generate(game, 100)
+    clashes = [example for example in examples if example.input.count(": 4") == 2]
+    with pytest.raises(UserError, match="^'weight: 4' stands in 'Body weight: 4' too: rename"):
+        game_line(clashes[0])
+
+
+@pytest.mark.skipif(not RELEASED, reason="set CAT_RELEASED_DATA to the authors' data")
+def test_the_authors_causes_are_found_where_the_game_writes_them():
+    for example in read(Path(RELEASED, "STG", "spurious_token_game_train3.jsonl")):
+        numbers = dict(re.findall(r"(\w+): (\d+)", example.input))
+        causes = [numbers["Smoking"], numbers["Weight"], numbers["Exercise"]]
+        edges = edges_in(choose_causes(example, "value", random.Random(0)))
+        assert sorted(edges) == [(example.target, cause) for cause in sorted(causes)]

@@ -1,338 +1,513 @@
-"""The training script: what a step does, what the table measures, and what is left behind."""
-import io
-import json
+"""train.py: its flags, the data of a run, the two losses, a step, what a run learns, the table."""
 import math
 import re
-import runpy
-import shutil
-import sys
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import make_dataclass
-from itertools import pairwise
+from dataclasses import replace
 from pathlib import Path
-from statistics import mean
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
-from xml.etree import ElementTree
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 import train
-from cat import gamma_at, re_attention_loss
-from data import (EDGES, END, GAMES, ROLES, Example, Feature, Game, adjacency_of, dump, generate,
-                  inside_of)
-from model import GPTConfig
+from cat import re_attention_loss
+from data import (END, Example, Feature, Game, UserError, collate, encode, game_line, generate,
+                  to_line)
+from model import GPT, GPTConfig
 
-TINY = Game("tiny", causal=(Feature("Smoking", weight=1.0),), irrelevant=(Feature("Room", 1, 999),),
-            spurious=(Feature("Fingers", copies="Smoking"),),
-            bands=((5.5, "Risk High"), (-math.inf, "Risk Low")),
-            question="Patient. {features} Answer: ")
-files = lambda folder=".": {path.name: path.read_bytes() for path in Path(folder).rglob("*.*")}
-FLAGS = "--game tiny --rows 64 --batch-size 8 --steps 10 --threads 1 --device cpu"
-GAMES["tiny"], train.TEST, train.WATCH = TINY, 100, 20  # fewer examples to test and to watch
+torch.set_num_threads(1)
 
-
-Small, Deep = (make_dataclass("Sizes", [("n_layer", int, n), ("n_head", int, 2), (
-    "n_embd", int, 32)], bases=(GPTConfig,), frozen=True) for n in (2, 3))
-train.GPTConfig = Small
+# A game with one feature of each kind, which is learned in seconds.
+TINY = Game(
+    causal=[Feature("Smoking", weight=1.0)],
+    spurious=[Feature("Fingers", copies="Smoking")],
+    irrelevant=[Feature("Room", high=200)],
+    question="Patient. {features} Answer: ",
+    answers=[(5.5, "Risk High"), (-math.inf, "Risk Low")],
+)
 
 
-@pytest.fixture(autouse=True)
-def own_folder(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
+SMALL = "--rows 8 --test-rows 4 --steps 1 --device cpu --threads 1 "
+
+
+def parse(flags=""):
+    return train.parse_args((SMALL + flags).split())
+
+
+def load(flags=""):
+    args = parse(flags)
+    return train.load_data(args, 1, TINY, train.read_files(args))
+
+
+def train_on(data, run, flags=""):
+    """The model of a run with seed 1, and its lines of metrics.jsonl."""
+    args = parse(flags)
+    with TemporaryDirectory() as args.out:
+        metrics_path = Path(args.out, "metrics.jsonl")
+        model = train.train(args, run, 1, data, "fingerprint", metrics_path)
+        return model, train.read_metrics(metrics_path)
+
+
+def watch_one(data):
+    return replace(data, watched={"train": data.train[:1]})
+
+
+def write_game(path, n, ood=False, seed=0):
+    lines = [game_line(example) for example in generate(TINY, n, ood, seed)]
+    Path(path).write_text("".join(lines))
 
 
 @pytest.fixture(scope="module")
-def learned(tmp_path_factory):
-    """The folder of a training of both runs that learned the game, and what it printed."""
-    folder = tmp_path_factory.mktemp("learned")
-    return folder, *run("--rows 512 --steps 160 --batch-size 16 --out", folder)[:2]
+def data():
+    """Eight examples to train on, and one to look at during a run."""
+    return watch_one(load())
 
 
-def run(flags="", *words):
-    """train.py with FLAGS, flags and words: (output, lines of standard error, exit code)."""
-    code = 0
-    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
-        try:
-            train.main([*FLAGS.split(), *flags.split(), *map(str, words)])
-        except SystemExit as stop:
-            code = stop.code
-        except (ValueError, OSError) as error:
-            print(error, file=err)
-            code = 2
-    return out.getvalue(), err.getvalue().splitlines(), code
+@pytest.fixture(scope="module")
+def learned():
+    """Both runs of the tiny game: their models, scores and answers."""
+    flags = "--rows 512 --test-rows 200 --steps 60"
+    data = load(flags)
+    result = SimpleNamespace(data=data, models={}, scores={}, answers={})
+    for run in ("no-cat", "cat"):
+        model, _ = train_on(watch_one(data), run, flags)
+        scores, answers = train.test(model, data.tested, data.tokenizer, parse())
+        result.models[run] = model
+        result.scores[run] = scores
+        result.answers[run] = answers
+    return result
 
 
-def table(out):
-    """{"run seed": {column: number}} of a printed table."""
-    header, *lines = (re.split(r"\s{2,}", line.strip())
-                      for line in out[out.index("run  "):].splitlines())
-    return {f"{run} {seed}": dict(zip(header[2:], map(float, values)))
-            for run, seed, *values in lines}
+@pytest.fixture
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
 
 
-def write(name, examples):
-    Path(f"{name}.jsonl").write_text("".join(map(dump, examples)))
+# ----------------------------------------------------------------------------
+# Flags
+
+@pytest.mark.parametrize("flags, named", [
+    ("--rows 0", "--rows is 0"),
+    ("--test-rows 0", "--test-rows is 0"),
+    ("--steps -1", "--steps is -1"),
+    ("--batch-size 0", "--batch-size is 0"),
+    ("--threads 0", "--threads is 0"),
+    ("--lr 0", "--lr is 0.0"),
+    ("--lr nan", "--lr is nan"),
+    ("--alpha inf", "--alpha is inf"),
+    ("--gamma -0.1", "--gamma is -0.1"),
+    ("--gamma inf", "--gamma is inf"),
+    ("--decay nan", "--decay is nan"),
+    ("--runs cat cat", "--runs names one twice"),
+    ("--seed 1 2 1", "--seed names one twice"),
+    ("--train a.jsonl", "only --train given"),
+    ("--val 0.1", "only --val given"),
+    ("--train a.jsonl --iid b.jsonl", "only --train --iid given"),
+    ("--train a.jsonl --iid b.jsonl --ood c.jsonl --val 0.1", "--val given"),
+    ("--device nonsense", "--device is nonsense"),
+    ("--steps many", "'many'"),
+    ("--form square", "'square'"),
+    ("--layers 2", "'2'"),
+    ("--causes none", "'none'"),
+    ("--runs both", "'both'"),
+    ("--step 5", "--step 5"),  # no abbreviations
+    ("--ask cat-1.pt", "--ask"),
+])
+def test_a_bad_flag_is_one_line_and_changes_nothing(flags, named, own_folder):
+    with pytest.raises(UserError) as error:
+        train.main((SMALL + flags).split(), game=TINY)
+
+    message = str(error.value)
+    assert named in message and "\n" not in message
+    assert not list(Path().iterdir())
 
 
-def write_files():
-    """train, iid and ood.jsonl of the tiny game; the flags that name them."""
-    for seed, name in enumerate(("train", "iid", "ood")):
-        write(name, generate(TINY, 64, name == "ood", seed))
-    return "--train train.jsonl --iid iid.jsonl --ood ood.jsonl "
+# ----------------------------------------------------------------------------
+# The data of a run
+
+def telling_numbers(example, tokenizer):
+    """What tells examples apart: all that is not spurious."""
+    text = tokenizer.decode(example.idx.tolist())
+    return re.search(r"Smoking: \d+", text)[0], re.search(r"Room: \d+", text)[0]
 
 
-@pytest.mark.parametrize("flags, causes, inside", [
-    ("", [1], [0]), ("--open-path", [1], []), ("--layers 0 1", [0, 1], [0]),
-    ("--layers 2 --form log", [2], [0, 1])])
-def test_losses(flags, causes, inside, monkeypatch):
-    monkeypatch.setattr(train, "GPTConfig", Deep if causes == [2] else Small)
-    args, ix = train.parse_args([*FLAGS.split(), *flags.split()]), torch.arange(9)
-    data, *_ = train.load_data(args, 1)
-    model, *_ = train.start(args, 1, "cat", data, Path("new"))
-    seven, eight = (model.embed.weight[data.tokenizer.encode_single_token(n)][:16] for n in "78")
-    assert torch.cosine_similarity(seven, eight, dim=0) > 0.9  # numbers start alike
-    l_next, l_attn = train.losses(model, data, ix, args)
-    logits, attentions = model(data.idx[ix])
-    targets, maps = data.targets[ix], torch.stack(attentions).mean(dim=2)  # over heads
-    costs = -logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]  # (B, T)
-    assert torch.isclose(l_next, costs[targets >= 0].mean() + costs[data.answer[ix]].mean())
-    expected = [re_attention_loss(maps[layers].mean(dim=0), adjacency, args.alpha, args.form)
-                for layers, adjacency in ((causes, adjacency_of(data, ix)),
-                                          (inside, inside_of(data, ix))) if layers]
-    assert torch.isclose(l_attn, sum(expected))
+def test_no_question_of_the_game_is_asked_twice(learned):
+    data = learned.data
+    examples = data.train + data.watched["iid"] + data.watched["ood"]
+    examples = examples + data.tested["iid"] + data.tested["ood"]
+
+    different = set()
+    for example in examples:
+        different.add(telling_numbers(example, data.tokenizer))
+
+    assert len(different) == len(examples) == 512 + 2 * train.WATCHED + 2 * 200
 
 
-def test_a_step_follows_the_gradient_of_the_whole_loss_alone(monkeypatch):
-    """L = L_next + gamma L_attn, gamma falls with the share done; nothing is left from the step
-    before; weights and order are the same without and with CAT; the rate falls as a cosine."""
-    steps, asked, real = [], [], train.losses
-
-    class Spy(torch.optim.AdamW):
-        def step(self):
-            args, group, done = asked.pop(), self.param_groups[0], len(steps) / 25
-            l_next, l_attn = real(*args)
-            loss = l_next + gamma_at(done - 1, 3.0, 2.0) * l_attn if done >= 1 else l_next
-            weights = group["params"]
-            for weight, grad in zip(weights, torch.autograd.grad(loss, weights)):
-                assert torch.allclose(weight.grad, grad, rtol=1e-3, atol=1e-5)
-            steps.append((args[2].tolist(), group["lr"], weights[0].sum().item(), l_next.item()))
-            super().step()
-
-    monkeypatch.setattr(train, "losses", lambda *args: asked.append(args) or real(*args))
-    monkeypatch.setattr(torch.optim, "AdamW", Spy)
-    *_, last = map(json.loads, run("--steps 25 --gamma 3 --decay 2 --lr 0.01")[1])
-    without, with_cat = (list(zip(*some)) for some in (steps[:25], steps[25:]))
-    order, rates, weights, _ = without
-    first, second = sum(order[:8], []), sum(order[8:16], [])  # 64 examples, 8 a step
-    assert sorted(first) == sorted(second) == list(range(64)) and first != second
-    assert [rates[0], rates[5], rates[20]] == pytest.approx([0.01, 0.00905, 0.00095], rel=0.01)
-    assert with_cat[:2] == [order, rates]
-    assert weights[0] == with_cat[2][0] and weights[1] != with_cat[2][1]
-    assert last["loss"] == pytest.approx(with_cat[3][-1], abs=1e-3)
+def names_of_causes(examples, tokenizer):
+    """The names before the keys of all edges, such as Smoking in "Smoking: 8"."""
+    names = set()
+    for example in examples:
+        for _, key in example.edges.tolist():
+            before = tokenizer.decode(example.idx[:key].tolist())
+            names.add(before.split()[-1].strip(":,"))
+    return names
 
 
-def test_cat_holds_out_of_distribution(learned):
-    folder, out, err = learned
-    lines = list(map(json.loads, err))  # progress, ten lines a run
-    assert (folder / "metrics.jsonl").read_text().splitlines() == err
-    assert [(line["run"], line["step"]) for line in lines] == [
-        (name, step) for name in ("no-cat", "cat") for step in range(16, 161, 16)]
-    without, first, with_cat = lines[9], lines[10], lines[19]
-    assert {"loss", "iid", "ood"} < set(first) and with_cat["causal"] > 0.8 > without["causal"] > 0
-    assert 0 < with_cat["attn_loss"] < first["attn_loss"] / 2 < without["attn_loss"]
-    without, with_cat = (table(out)[name] for name in ("no-cat 1", "cat 1"))
-    assert min(with_cat["iid"], with_cat["ood"]) > 0.9 and without["iid"] > without["ood"] + 0.1
-    assert with_cat["changed"] < 0.1 < without["changed"] and with_cat["causal"] > 0.8
-    dots = [dot for dot in ElementTree.parse(folder / "curves.svg").getroot()
-            if dot.text in ("○", "●")]
-    last = {dot.get("fill"): int(dot.get("y")) for dot in dots if dot.text == "●"}
-    assert len(dots) == 40 and last["blue"] < last["orange"]  # with CAT it stands higher
+@pytest.mark.parametrize("causes, names", [
+    ("value", {"Smoking"}),
+    ("spurious", {"Fingers"}),
+    ("random", {"Room", "Fingers"}),
+])
+def test_controls_have_wrong_causes_in_training_only(causes, names):
+    data = load(f"--causes {causes}")
+    assert names_of_causes(data.train, data.tokenizer) == names
+    assert names_of_causes(data.tested["ood"], data.tokenizer) == {"Smoking"}
+    assert names_of_causes(data.watched["iid"], data.tokenizer) == {"Smoking"}
 
 
-def test_the_table_counts_greedy_answers_and_attention_by_role():
-    result = table(run("--runs no-cat --steps 80 --lr 0.02")[0])["no-cat 1"]
-    _, args = train.load_checkpoint("out/no-cat-1.pt")
-    data, _, tested = train.load_data(args, 1)
-    model, *_ = train.start(args, 1, "no-cat", data, Path("out/no-cat-1.pt"))
-    tokenizer, answers, expected = data.tokenizer, {}, {}
-    for split in ("iid", "redrawn", "ood"):
-        answers[split], hits, looks = [], [], []
-        for ids, at, role in zip(tested[split].idx, tested[split].answer, tested[split].role):
-            prompt = ids[None, :at.nonzero()[0, 0] + 1]  # its last query predicts the answer
-            answer = model.generate(prompt, 64, tokenizer.encode_single_token(END))
-            answers[split].append(answer := tokenizer.decode(answer))
-            smoking = re.search(r"Smoking: (\d+)", tokenizer.decode(ids.tolist()))[1]
-            hits.append(answer == TINY.answer(int(smoking)))
-            look = model(prompt)[1][-1][0, :, -1].mean(dim=0)  # (T,), over heads
-            looks.append([look[role[:len(look)] == i].sum().item() for i in range(3)])
-        expected[split] = mean(hits)
-    del expected["redrawn"]
-    expected["changed"] = mean(a != b for a, b in zip(answers["ood"], answers["redrawn"]))
-    expected |= dict(zip(ROLES, map(mean, zip(*looks))))  # of "ood", the last
-    assert expected["changed"] > 0
-    assert {name: result[name] for name in expected} == pytest.approx(expected, abs=1e-3)
+def test_whole_spans_are_looked_at_in_training_and_in_tests():
+    data = load("--causes span")
+    for example in data.train + data.tested["ood"]:
+        # Two tokens of the answer look at each of "Smoking", ": " and the number.
+        assert len(example.edges) == 2 * 3
 
 
-def test_scores_and_the_rows_of_several_seeds_by_hand(monkeypatch, capsys):
-    answers, other = [[("7", "7"), ("8", "7"), ("High", "7"), ("9", "4")],  # (guess, right)
-                      [("7", "7"), ("7", "7"), ("High", "7"), ("8", "4")]]
-    monkeypatch.setattr(train, "evaluate", lambda _, data, args: (data.answers, torch.ones(4, 2)))
-    ood, redrawn = (SimpleNamespace(answers=some, role=torch.zeros(4, 2))
-                    for some in (answers, other))
-    scores, *_ = train.test(None, {"ood": ood, "redrawn": redrawn}, None)
-    assert scores == {"ood": 1 / 4, "ood constant": 3 / 4, "changed": 2 / 4}
-    train.print_table([{"run": run, "seed": seed, "ood": ood} for run, seed, ood in (
-        ("no-cat", 1, 0.5), ("cat", 1, 0.9), ("cat", 2, 0.8), ("cat", 3, 0.7))])
-    assert " ".join(capsys.readouterr().out.split()) == (
-        "run seed ood no-cat 1 0.500 cat 1 0.900 cat 2 0.800 cat 3 0.700 "
-        "cat mean 0.800 cat stdev 0.100 cat lowest 0.700")
+def sources(examples):
+    return [example.source for example in examples]
 
 
-def test_the_attention_picture_is_of_a_question_whose_answers_differ(learned):
-    parts = list(ElementTree.parse(learned[0] / "attention.svg").getroot())
-    captions = [part.text for part in parts if " right is " in (part.text or "")]
-    words = [(text.text, text.keys(), float(rect.get("fill-opacity")))
-             for rect, text in pairwise(parts) if rect.get("fill-opacity")]
-    words = words[len(words) // 2:]  # those of the run with CAT
-    question = "".join(text for text, *_ in words)
-    cause, copy = (re.search(rf"{name}: (\d+)", question)[1] for name in ("Smoking", "Fingers"))
-    right, wrong = sorted(("Risk High", "Risk Low"), key=lambda a: a != TINY.answer(int(cause)))
-    assert captions == [f"no-cat: {wrong}, right is {right}", f"cat: {right}, right is {right}"]
-    shades = {text: shade for text, _, shade in words}
-    assert shades.pop(cause) == 1 > 0.5 > max(shades.values())
-    for number, style in (cause, "font-weight"), (copy, "font-style"):
-        assert [text for text, styles, _ in words if style in styles] == [number]
+def test_a_run_on_files_watches_training_examples_only(own_folder):
+    write_game("train.jsonl", 2)
+    write_game("iid.jsonl", 1, seed=1)
+    write_game("ood.jsonl", 1, ood=True, seed=1)
+
+    data = load("--train train.jsonl --iid iid.jsonl --ood ood.jsonl")
+
+    assert data.watched.keys() == {"train"}
+    assert sources(data.watched["train"]) == ["train.jsonl:1", "train.jsonl:2"]
+    assert sources(data.tested["iid"]) == ["iid.jsonl:1"]
+    assert sources(data.tested["ood"]) == ["ood.jsonl:1"]
 
 
-def test_no_test_example_is_looked_at_while_training():
-    for flags in "", write_files():
-        args = train.parse_args([*FLAGS.split(), *flags.split()])
-        data, watched, tested = train.load_data(args, 1)
-        first = data.tokenizer.decode(tested["ood"].idx[0].tolist()).split(" Answer")[0]
-        assert not flags or first in Path("ood.jsonl").read_text()
-        T = data.idx.shape[1]  # others may be padded to more
-        known, tested = ({tuple(ids[:T]) for part in some for ids in part.idx.tolist()}
-                         for some in ((data, *watched.values()), (tested["iid"], tested["ood"])))
-        assert len(known) >= 64 and len(tested) > 100 and not known & tested
+def test_val_holds_out_a_share_of_the_training_file(own_folder):
+    write_game("train.jsonl", 4)
+
+    data = load("--train train.jsonl --val 0.25")
+
+    train_lines = sources(data.watched["train"])
+    held_out = sources(data.tested["iid"])
+    assert len(train_lines) == 3 and len(held_out) == 1
+    assert sorted(train_lines + held_out) == [f"train.jsonl:{line}" for line in (1, 2, 3, 4)]
 
 
-def test_own_files_show_roles_and_without_spurious_phrases_no_ood():
-    flags = "--runs cat " + write_files()
-    out, err, _ = run(flags + "--seed 1 2")
-    results = table(out)
-    assert len(err) == 20 and results["cat 1"] != results["cat 2"] and "train" in json.loads(err[0])
-    assert min(map(results["cat mean"].get, ROLES)) > 0 and "changed" in results["cat 1"]
-    assert run("--eval out/cat-2.pt")[0].splitlines()[-1] in out.splitlines()
-    orders, again = (train.load_data(train.parse_args(f"{flags} --orders 3".split()), 1)[0].idx
-                     for _ in range(2))
-    assert len(orders) == 3 * 64 and len(orders.unique(dim=0)) > 100 and orders.equal(again)
-    write("words", [Example(f"A {cause} {n * '<very> & '}day. It is ", effect, ({effect: [cause]},))
-                    for cause, effect in (("sunny", "good"), ("rainy", "bad")) for n in range(12)])
-    for file, ood in ("train", True), ("words", False):
-        out, err, _ = run(f"--runs cat --train {file}.jsonl --val 0.25 --out {file}")
-        assert ("ood" in json.loads(err[0])) == ("ood" in table(out)["cat 1"]) == ood
-        assert len(ElementTree.parse(f"{file}/attention.svg").getroot()) > 20
+def test_the_blanks_that_most_questions_end_with_are_kept(own_folder):
+    lines = [to_line("one", "a"), to_line("two \n", "b"), to_line("three \n", "c"),
+             to_line("four \n", "d")]
+    Path("train.jsonl").write_text("".join(lines))
+    assert load("--train train.jsonl --val 0.25").prompt_end == " \n"
 
 
-@pytest.mark.parametrize("how, causes", [*zip(EDGES[2:], ("Fingers", "Room Smoking Fingers"))])
-def test_controls_have_wrong_causes_in_training_only(how, causes):
-    (data, _, tested), (spans, *_) = (train.load_data(train.parse_args(
-        [*FLAGS.split(), "--edges", edges]), 1) for edges in (how, "span"))
-    assert spans.edges.shape[1] == 3 * 2  # name, colon, number; two tokens of the answer
-    for part, expected in (data, causes), (tested["iid"], "Smoking"):
-        named = {part.tokenizer.decode(ids[:edges[0][1]].tolist()).split()[-1].strip(":")
-                 for ids, edges in zip(part.idx, part.edges)}  # what stands before the first key
-        assert named == {*expected.split()}
+# ----------------------------------------------------------------------------
+# The two losses
+
+def test_the_answer_counts_twice_in_the_next_token_loss():
+    probabilities = torch.tensor([[[0.5, 0.5], [0.25, 0.75], [0.1, 0.9], [0.5, 0.5]]])
+    batch = SimpleNamespace(
+        targets=torch.tensor([[0, 0, 1, -100]]),  # the last is padding
+        answer=torch.tensor([[False, False, True, False]]),
+    )
+    loss = train.next_token_loss(probabilities.log(), batch)
+    of_all = -(math.log(0.5) + math.log(0.25) + math.log(0.9)) / 3
+    of_answer = -math.log(0.9)
+    assert loss.item() == pytest.approx(of_all + of_answer)
 
 
-def test_eval_prints_the_same_results_and_ask_answers(learned):
-    folder, out, _ = learned
-    again = run("--eval", folder / "cat-1.pt")[0].splitlines()
-    assert len(again) == 2 and {*again} <= {*out.splitlines()}
-    text = "Patient. Room: 1, Fingers: 5, Smoking: 2 Answer: "
-    asked = {run("--ask", folder / "cat-1.pt", text[:end])[0] for end in (None, -1)}
-    assert len(asked) == 1  # with the blanks at the end of training
-    shown, answer = asked.pop().splitlines()
-    assert answer == "Risk Low" and int(re.search(r"Smoking: 2\[(\d+)%\]", shown)[1]) > 50
-    assert re.sub(r"\[\d+%\]", "", shown) == text
+@pytest.fixture(scope="module")
+def three_layers(data):
+    """A batch, and the maps that a model of three layers has of it, a list of (B, T, T)."""
+    torch.manual_seed(0)
+    batch = collate(data.train)
+    model = GPT(GPTConfig(vocab_size=data.tokenizer.n_vocab, n_layer=3))
+    _, attentions = model(batch.idx)
+    maps = [attn.mean(dim=1) for attn in attentions]  # over heads
+    return batch, attentions, maps
 
 
-def test_killed_at_a_save_and_resumed_is_the_unbroken_run(monkeypatch):
-    def replace(source, path):
-        saved.append(path)
-        if len(saved) == nth:
-            raise OSError("killed")
-        real(source, path)
-
-    (out, err, _), whole, real = run(), files(), train.os.replace
-    for nth in 1, 2, 10, 15:  # of the checkpoints written
-        saved = []
-        shutil.rmtree("out")
-        with monkeypatch.context() as patch:
-            patch.setattr(train.os, "replace", replace)
-            assert run()[1:] == ([*err[:nth], "killed"], 2)
-        assert run("--resume") == (out, err[nth - 1:], 0)
-        assert files() == whole and len(whole) == 5
+def test_the_last_layer_looks_at_causes_and_those_below_inside_of_items(three_layers):
+    batch, attentions, maps = three_layers
+    loss = train.attention_loss(attentions, batch, parse("--form log --alpha 7"))
+    causes = re_attention_loss(maps[2], batch.adjacency, 7.0, "log")
+    items = re_attention_loss((maps[0] + maps[1]) / 2, batch.inside, 7.0, "log")
+    assert_close(loss, causes + items)
 
 
-def test_a_folder_holds_the_runs_of_one_command(monkeypatch):
-    run(flags := "--runs cat " + write_files())
-    kept = Path("train.jsonl").read_text().splitlines(keepends=True)
-    for other, lines, part in (
-            ("", kept, "and --resume, or another --out"), ("--resume --seed 2", kept, FLAGS),
-            ("--resume", kept[::-1], "is of other data"),
-            ("--resume", ["?".join(kept[0].rsplit("Smoking", 1)), *kept[1:]], "is of other data")):
-        Path("train.jsonl").write_text("".join(lines))
-        before = files("out")
-        _, err, code = run(flags + other)
-        assert code == 2 and part in err[-1] and files("out") == before
-    Path("train.jsonl").write_text("".join(kept))
-    monkeypatch.setattr(train, "GPTConfig", Deep)
-    assert "is of other data or sizes" in run("--eval out/cat-1.pt")[1][-1]
+def test_an_open_path_leaves_the_layers_below_alone(three_layers):
+    batch, attentions, maps = three_layers
+    loss = train.attention_loss(attentions, batch, parse("--open-path"))
+    assert_close(loss, re_attention_loss(maps[2], batch.adjacency, 100.0, "each"))
 
 
-@pytest.mark.parametrize("change", [
-    {"argv": ["--steps", 5]}, {"argv": 7}, {"argv": ["--nonsense"]}, b"",
-    b"cos\nmkdir\n(S'hacked'\ntR."])  # a pickle that runs code
-def test_a_file_that_is_no_checkpoint_is_refused(learned, change):
-    if type(change) is dict:
-        torch.save(torch.load(learned[0] / "cat-1.pt") | change, "x.pt")
-    else:
-        Path("x.pt").write_bytes(change)
-    out, err, code = run("--ask x.pt", "Smoking: 3")
-    assert (out, code) == ("", 2) and err[-1].startswith("x.pt: no checkpoint of train.py")
-    assert not Path("hacked").exists()
+def test_all_layers_together_look_at_causes(three_layers):
+    batch, attentions, maps = three_layers
+    loss = train.attention_loss(attentions, batch, parse("--layers all"))
+    mean = (maps[0] + maps[1] + maps[2]) / 3
+    causes = re_attention_loss(mean, batch.adjacency, 100.0, "each")
+    items = re_attention_loss((maps[0] + maps[1]) / 2, batch.inside, 100.0, "each")
+    assert_close(loss, causes + items)
 
 
-@pytest.mark.parametrize("flags, part", [
-    ("--rows 0", "--rows is 0"), ("--rows x", "'x'"), ("--alpha -1", "alpha is -1.0"),
-    ("--gamma inf", "gamma is inf"), ("--layers 2", "--layers"), ("--lr -1", "-1.0"),
-    ("--batch-size 0", "batch-size is 0"), ("--train a.jsonl --val 2", "--val is 2"),
-    ("--train x", "--iid"), ("--train none.jsonl --val 0.5", "none.jsonl"),
-    ("--device nonsense", "nonsense"), ("--lr 1e30 --steps 100", "lower --lr"),
-    ("--train a.jsonl --iid a.jsonl --ood a.jsonl", "no edge")])
-def test_bad_flags_are_one_line_and_change_nothing(flags, part):
-    write("a", [Example("Room: 1 Answer: ", "Low")])
-    Path("out").mkdir()
-    Path("out/curves.svg").write_text("of an earlier run")
-    before = files()
-    _, err, code = run("--runs cat " + flags)
-    assert code == 2 and part in err[-1] and (len(err) == 1 or part == "lower --lr")
-    assert files() == before or part == "lower --lr"  # it explodes only after training began
-    assert part != "no edge" or run("--runs no-cat " + flags)[2] == 0
+def test_a_model_of_one_layer_has_no_layers_below(three_layers):
+    batch, attentions, maps = three_layers
+    loss = train.attention_loss(attentions[:1], batch, parse())
+    assert_close(loss, re_attention_loss(maps[0], batch.adjacency, 100.0, "each"))
 
 
-@pytest.mark.parametrize("flags, line", [
-    ("--val 3", r"train\.py: error: give --train .* none of them"),
-    ("--eval none.pt", r"train\.py: none\.pt: no checkpoint of train\.py: give one of out/\*\.pt"),
-    ("", r"train\.py: interrupted: go on with --resume")])
-def test_errors_and_ctrl_c_are_one_line(flags, line, monkeypatch, capsys):
-    def interrupted(*_):
-        raise KeyboardInterrupt
+# ----------------------------------------------------------------------------
+# A step
 
-    monkeypatch.setattr(sys, "argv", ["train.py", *flags.split()])
-    monkeypatch.setattr("data.generate", interrupted)
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(train.__file__, run_name="__main__")
-    assert stop.value.code == 2 and re.fullmatch(line + "\n", capsys.readouterr().err)
+@pytest.mark.parametrize("run", ["no-cat", "cat"])
+def test_a_step_follows_the_gradient_of_the_whole_loss(run, data):
+    flags = "--steps 20 --batch-size 4 --lr 0.01 --gamma 0.5 --decay 2"
+    trained, _ = train_on(data, run, flags)
+
+    torch.manual_seed(1)
+    model = GPT(GPTConfig(vocab_size=data.tokenizer.n_vocab))
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    order = []
+    for _ in range(10):
+        order += torch.randperm(8).tolist()  # an epoch is two batches
+    for step in range(20):
+        done = step / 20
+        batch = collate([data.train[i] for i in order[4 * step:4 * step + 4]])
+        logits, attentions = model(batch.idx)
+        loss = train.next_token_loss(logits, batch)
+        if run == "cat":
+            gamma = 0.5 * math.exp(-2 * done)
+            loss = loss + gamma * train.attention_loss(attentions, batch, parse(flags))
+        rising = (step + 1) / 2  # over the first tenth of the steps
+        falling = (1 + math.cos(math.pi * done)) / 2
+        optimizer.param_groups[0]["lr"] = 0.01 * min(rising, falling)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    assert_close(dict(trained.state_dict()), dict(model.state_dict()))
+
+
+def assert_same_weights(model, other):
+    assert_close(dict(model.state_dict()), dict(other.state_dict()), rtol=0, atol=0)
+
+
+def test_both_runs_start_with_the_same_weights_and_see_the_same_order(data):
+    without, _ = train_on(data, "no-cat", "--steps 5")
+    with_cat, _ = train_on(data, "cat", "--steps 5 --gamma 0")
+    assert_same_weights(without, with_cat)
+
+
+def test_the_run_without_cat_ignores_causes(data):
+    other_causes = watch_one(load("--causes random"))
+    assert not other_causes.train[0].edges.equal(data.train[0].edges)
+
+    model, _ = train_on(data, "no-cat", "--steps 5")
+    other, _ = train_on(other_causes, "no-cat", "--steps 5")
+
+    assert_same_weights(model, other)
+
+
+def test_the_learning_rate_falls_as_a_cosine(data):
+    _, lines = train_on(data, "no-cat", "--steps 10 --lr 0.01")
+
+    rates = [line["lr"] for line in lines]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[0] == 0.01
+    assert rates[5] == pytest.approx(0.005)  # half of it, when half of the training is done
+    assert rates[9] == pytest.approx(0.01 * 0.0245, rel=0.01)  # (1 + cos 162°) / 2
+
+
+def test_gamma_falls_to_half_at_the_half(data):
+    _, lines = train_on(data, "cat", f"--steps 10 --gamma 0.4 --decay {2 * math.log(2)}")
+
+    gammas = [line["gamma"] for line in lines]
+    assert gammas[0] == 0.4
+    assert gammas[5] == pytest.approx(0.2)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(data):
+    with pytest.raises(UserError, match="the loss is .* at step .* give a lower --lr"):
+        train_on(data, "cat", "--steps 20 --lr 1e30")
+
+
+# ----------------------------------------------------------------------------
+# Evaluation
+
+@pytest.mark.parametrize("lengths, groups", [
+    ([10, 20, 30], [[10, 20, 30]]),
+    ([2048, 2048, 1], [[2048, 2048], [1]]),  # 4096 tokens, the most
+    ([30, 2000, 1500, 20], [[30, 2000], [1500, 20]]),  # three of 2000 would be too many
+    ([10, 5000, 20], [[10], [5000], [20]]),  # a long one is alone
+])
+def test_a_group_has_at_most_4096_tokens_with_its_padding(lengths, groups):
+    examples = [SimpleNamespace(idx=range(length)) for length in lengths]
+    found = []
+    for group in train.eval_batches(examples):
+        found.append([len(example.idx) for example in group])
+
+    assert found == groups
+
+
+def test_an_answer_does_not_depend_on_the_examples_beside_it(learned):
+    tokenizer, model = learned.data.tokenizer, learned.models["no-cat"]
+    long = encode(Example("Smoking: 3. " * 400, "Risk High"), tokenizer)
+    examples = learned.data.tested["ood"][:20] + [long]
+
+    together = train.evaluate(model, examples, tokenizer, parse())
+    for i, example in enumerate(examples):
+        alone = train.evaluate(model, [example], tokenizer, parse())
+        assert alone.given == [together.given[i]]
+        assert alone.right == [together.right[i]]
+        assert_close(alone.attn[0], together.attn[i], rtol=0, atol=1e-5)
+
+
+def test_an_answer_is_right_just_when_the_one_that_the_model_writes_is(learned):
+    tokenizer, model = learned.data.tokenizer, learned.models["no-cat"]
+    answers = learned.answers["no-cat"]["ood"]
+    for i, example in enumerate(learned.data.tested["ood"][:40]):
+        n_question = example.answer.nonzero()[0].item() + 1
+        question = example.idx[None, :n_question]
+        written = model.generate(question, 64, stop=tokenizer.encode_single_token(END))
+        is_right = tokenizer.decode(written) == answers.right[i]
+        assert is_right == (answers.given[i] == answers.right[i])
+
+
+def test_the_answers_attention_is_that_of_the_last_token_of_the_question(learned):
+    example = learned.data.tested["ood"][0]
+    _, attentions = learned.models["cat"](example.idx[None])
+    last = example.answer.nonzero()[0].item()
+
+    expected = attentions[-1][0, :, last].mean(dim=0)
+    assert_close(learned.answers["cat"]["ood"].attn[0], expected, rtol=0, atol=1e-5)
+
+
+def test_scores_by_hand():
+    answers = train.Answers(["High", "Low", "Low"], ["High", "Low", "High"], [])
+    assert train.accuracy(answers) == 2 / 3
+    assert train.share_of_most_frequent(["High", "Low", "Low", "Low"]) == 3 / 4
+
+
+def test_attention_shares_are_a_mean_over_examples_with_causes():
+    attn = [torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.7, 0.1]), torch.ones(3)]
+    none = torch.tensor([False, False, False])
+    second = torch.tensor([False, True, False])
+    third = torch.tensor([False, False, True])
+    examples = [SimpleNamespace(causal=second, spurious=third),
+                SimpleNamespace(causal=second, spurious=none),
+                SimpleNamespace(causal=none, spurious=third)]
+
+    shares = train.attention_shares(train.Answers([], [], attn), examples)
+    expected = {"attn_causal": 0.5, "attn_spurious": 0.1, "attn_other": 0.4}
+    assert shares == pytest.approx(expected)
+
+
+def test_a_share_of_attention_that_is_not_known_is_left_out():
+    none, first = torch.tensor([False, False]), torch.tensor([True, False])
+    answers = train.Answers([], [], [torch.tensor([0.75, 0.25])])
+    no_causes = [SimpleNamespace(causal=none, spurious=none)]
+    no_spurious = [SimpleNamespace(causal=first, spurious=none)]
+    assert train.attention_shares(answers, no_causes) == {}
+    shares = train.attention_shares(answers, no_spurious)
+    assert shares == {"attn_causal": 0.75, "attn_other": 0.25}
+
+
+def test_changed_is_the_share_of_ood_answers_that_redrawn_ones_differ_from(learned):
+    answers = learned.answers["no-cat"]
+    n_changed = 0
+    for before, after in zip(answers["ood"].given, answers["redrawn"].given):
+        if before != after:
+            n_changed += 1
+    assert learned.scores["no-cat"]["changed"] == n_changed / 200
+
+
+def test_the_shares_of_a_test_are_those_of_ood(learned):
+    scores = learned.scores["cat"]
+    shares = train.attention_shares(learned.answers["cat"]["ood"], learned.data.tested["ood"])
+    assert {name: scores[name] for name in shares} == shares
+    assert scores.keys() == {"acc_iid", "acc_ood", "changed", *shares}
+
+
+# ----------------------------------------------------------------------------
+# What a run learns
+
+def test_with_cat_the_game_is_learned_in_and_out_of_distribution(learned):
+    scores = learned.scores["cat"]
+    assert scores["acc_iid"] > 0.9
+    assert scores["acc_ood"] > 0.9
+
+
+def test_without_cat_it_is_learned_in_distribution_only(learned):
+    scores = learned.scores["no-cat"]
+    assert scores["acc_iid"] > 0.9 > scores["acc_ood"]
+
+
+def test_spurious_numbers_change_fewer_answers_with_cat(learned):
+    assert learned.scores["cat"]["changed"] < 0.1 < learned.scores["no-cat"]["changed"]
+
+
+def test_with_cat_the_attention_goes_to_the_cause(learned):
+    assert learned.scores["cat"]["attn_causal"] > 0.7
+    assert learned.scores["no-cat"]["attn_causal"] < 0.3
+
+
+# ----------------------------------------------------------------------------
+# The table
+
+RESULTS = [
+    {"run": "no-cat", "seed": 1, "acc_iid": 0.95, "acc_ood": 0.5, "changed": 0.25,
+     "attn_causal": 0.2, "attn_spurious": 0.15, "attn_other": 0.65,
+     "most_iid": 0.4, "most_ood": 0.375},
+    {"run": "cat", "seed": 1, "acc_iid": 0.98, "acc_ood": 0.96, "changed": 0.015,
+     "attn_causal": 0.9, "attn_spurious": 0.02, "attn_other": 0.08,
+     "most_iid": 0.4, "most_ood": 0.375},
+]
+
+
+def printed_table(results, capsys):
+    train.print_table(results)
+    return capsys.readouterr().out.splitlines()
+
+
+def test_the_table_of_one_seed(capsys):
+    lines = printed_table(RESULTS, capsys)
+    assert lines[:4] == [
+        "",
+        "          IID    OOD  changed  causal  spurious  other",
+        "no CAT  0.950  0.500    25.0%   20.0%     15.0%  65.0%",
+        "CAT     0.980  0.960     1.5%   90.0%      2.0%   8.0%",
+    ]
+    assert "0.400 for the most frequent" in lines[4]
+    assert "0.375 for the most frequent" in lines[5]
+
+
+@pytest.fixture
+def two_seeds():
+    other = {"seed": 2, "acc_iid": 0.96, "acc_ood": 0.92, "changed": 0.025, "most_ood": 0.335}
+    return RESULTS + [RESULTS[0] | {"seed": 2}, RESULTS[1] | other]
+
+
+def test_several_seeds_are_a_mean_with_its_spread_and_the_worst(two_seeds, capsys):
+    lines = printed_table(two_seeds, capsys)
+    # The standard deviation of 0.96 and 0.92 is 0.04 / sqrt(2).
+    row = "CAT 0.970 ± 0.014 0.940 ± 0.028 0.920 2.0% 90.0% 2.0% 8.0%"
+    assert lines[3].split() == row.split()
+    assert "0.365 for the most frequent" in lines[5]
+
+
+def test_the_table_fits_80_columns(two_seeds, capsys):
+    lines = printed_table(two_seeds, capsys)
+    assert max(len(line) for line in lines) <= 80
+
+
+def test_what_is_not_known_is_left_out_of_the_table(capsys):
+    lines = printed_table([{"run": "cat", "seed": 1, "acc_iid": 0.5, "most_iid": 0.25}], capsys)
+    assert lines[1:3] == ["       IID", "CAT  0.500"]
+    assert len(lines) == 4
