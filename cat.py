@@ -29,7 +29,7 @@ def average_attention(attentions):
     B, T = attentions[0].shape[0], attentions[0].shape[-1]
     total = 0
     for attn in attentions:
-        if attn.dim() != 4 or attn.shape != (B, attn.shape[1], T, T):
+        if attn.shape != (B, attn.shape[1], T, T):
             raise ValueError(f"attn is {tuple(attn.shape)}: it must be (B, n_head, T, T), "
                              "with B and T the same in every layer")
         # A sum and a division do what attn.mean(dim=1) does, with a faster backward pass.

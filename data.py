@@ -332,7 +332,7 @@ def parse_labels(important):
                 causes = [causes]
             causes = [cause for cause in causes if cause is not None]
             if not all(is_text(phrase) for phrase in [effect] + causes):
-                wrong.append({effect: causes})
+                wrong.append({effect: group[effect]})
             elif causes:
                 pairs.append((effect, causes))
     return pairs, wrong
@@ -575,7 +575,6 @@ class Encoded:
     spurious: torch.Tensor  # (T,) bool: holds what is called spurious and is no cause
     item: torch.Tensor  # (T,) first token of the item of a cause or effect, or OUTSIDE
     edges: torch.Tensor  # (E, 2) query and key of each edge
-    source: str
 
 
 def encode(example, tokenizer):
@@ -615,7 +614,6 @@ def encode(example, tokenizer):
         spurious=torch.tensor(spurious),
         item=torch.tensor(item),
         edges=torch.tensor(pairs, dtype=torch.long).view(-1, 2),
-        source=example.source,
     )
 
 
@@ -695,7 +693,7 @@ def to_line(input, target, important=(), spurious=()):
 
 
 def parse_reply(reply):
-    """The labels [(effect, [causes])] in an assistant's reply. ValueError if there are none.
+    """The labels [(effect, [causes])] of an assistant's reply. ValueError if it has none to read.
 
     After any draft, words without brackets may stand before the one JSON value that ends the
     reply: {effect: [causes]}, a list of these, or {"important": [...]}.
@@ -758,14 +756,14 @@ def annotate(questions, demos, assistant, out, timeout=300):
     prompt = INSTRUCTION
     for demo in read_fields(demos):
         prompt += to_line(demo["input"], demo["target"], demo["important"])
-    with open(out, "a+", encoding="utf-8", errors="surrogateescape") as file:
+    done = set()
+    with open(out, "a+b") as file:  # fails at once where nothing can be written
         file.seek(0)
         before = file.read()
-        if before and not before.endswith("\n"):
-            file.write("\n")
-    done = set()
-    if before.strip():
-        done = {(row["input"], row["target"]) for row in read_fields(out)}
+        if before.strip():
+            done = {(row["input"], row["target"]) for row in read_fields(out)}
+        if before and not before.endswith(b"\n"):
+            file.write(b"\n")
 
     unusable = []
     todo = [row for row in rows if (row["input"], row["target"]) not in done]

@@ -150,11 +150,13 @@ class GPT(nn.Module):
         It ends after max_new_tokens, at a full block, or before the id `stop`.
         """
         new = []
-        while len(new) < max_new_tokens and idx.shape[1] <= self.config.block_size:
+        for _ in range(max_new_tokens):
             logits, _ = self(idx)
             token = logits[:, -1].argmax(dim=-1, keepdim=True)  # (1, 1)
             if token.item() == stop:
                 break
             new.append(token.item())
+            if idx.shape[1] == self.config.block_size:
+                break
             idx = torch.cat((idx, token), dim=1)
         return new

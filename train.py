@@ -6,6 +6,7 @@ distribution (IID) and out of distribution (OOD).
 import argparse
 import hashlib
 import html
+import io
 import json
 import math
 import os
@@ -308,10 +309,11 @@ def checkpoint_path(args, run, seed):
 
 def save_checkpoint(path, checkpoint):
     """Writes a checkpoint whole or not at all: a full disk leaves the one before."""
+    content = io.BytesIO()
+    torch.save(checkpoint, content)
     temporary = path.with_suffix(".tmp")
     try:
-        with open(temporary, "wb") as file:
-            torch.save(checkpoint, file)
+        temporary.write_bytes(content.getvalue())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -702,8 +704,14 @@ def main(argv, game=STG):
                         "--runs no-cat")
     fingerprint = fingerprint_of(game, files)
     begun = begun_runs(args, fingerprint)
+    data = load_data(args, args.seed[0], game, files)
+    model = GPT(GPTConfig(vocab_size=data.tokenizer.n_vocab))
+    n_parameters = sum(weight.numel() for weight in model.parameters())
+    print(f"on {args.device}: {n_parameters:,} parameters, {len(data.train):,} examples to train on, "
+          f"{len(data.tested['iid']):,} in each test", flush=True)
 
-    # Go on with --resume; without it, start anew.
+    # All that a user gives has been looked at: only now files change. With --resume the runs go
+    # on; without it they start anew.
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     metrics_path = out / "metrics.jsonl"
@@ -719,12 +727,8 @@ def main(argv, game=STG):
 
     results, written = [], []
     for seed in args.seed:
-        data = load_data(args, seed, game, files)
-        if seed == args.seed[0]:
-            model = GPT(GPTConfig(vocab_size=data.tokenizer.n_vocab))
-            n_parameters = sum(weight.numel() for weight in model.parameters())
-            print(f"on {args.device}: {n_parameters:,} parameters, {len(data.train):,} examples "
-                  f"to train on, {len(data.tested['iid']):,} in each test", flush=True)
+        if seed != args.seed[0]:
+            data = load_data(args, seed, game, files)
         answers = {}
         for run in args.runs:
             model = train(args, run, seed, data, fingerprint, metrics_path)

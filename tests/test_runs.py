@@ -344,7 +344,6 @@ def test_files_of_others_in_the_folder_harm_nothing(flags):
     assert left_behind() == before
 
 
-@pytest.mark.xfail(reason="torch.save turns the OSError into a RuntimeError")
 def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(monkeypatch):
     resource = pytest.importorskip("resource")
 
@@ -446,9 +445,6 @@ def test_a_curve_is_the_mean_over_seeds_and_stands_on_the_axes():
 # ----------------------------------------------------------------------------
 # Errors, and devices
 
-too_early = pytest.mark.xfail(reason="main empties the folder before it has made its data")
-
-
 def write_bad_files():
     question = "Room: 1 Answer: "
     Path("plain.jsonl").write_text(to_line(question, "Low") * 4)
@@ -458,10 +454,9 @@ def write_bad_files():
 @pytest.mark.parametrize("flags, message", [
     ("--train none.jsonl --val 0.5", "No such file or directory: 'none.jsonl'"),
     ("--train plain.jsonl --val 0.5", "plain.jsonl: no example has causes"),
-    pytest.param("--train train.jsonl --val 1", "--val is 1", marks=too_early),
-    pytest.param("--train train.jsonl --iid iid.jsonl --ood long.jsonl",
-                 "long.jsonl:2: 2563 tokens", marks=too_early),
-    pytest.param("--rows 5000", "5104 examples are asked for", marks=too_early),
+    ("--train train.jsonl --val 1", "--val is 1"),
+    ("--train train.jsonl --iid iid.jsonl --ood long.jsonl", "long.jsonl:2: 2563 tokens"),
+    ("--rows 5000", "5104 examples are asked for"),
 ])
 def test_bad_data_is_one_line_and_changes_nothing(flags, message):
     write_bad_files()
