@@ -7,7 +7,7 @@ hides the future. The total loss is
 
     L = L_next + gamma * L_attn
 
-with the next-token loss L_next, L_attn from `re_attention_loss` and gamma from `gamma_at`.
+with the usual next-token loss L_next, L_attn from `re_attention_loss` and gamma from `gamma_at`.
 """
 import math
 
@@ -23,13 +23,14 @@ def average_attention(attentions):
     attentions is a list with a tensor (B, n_head, T, T) for each layer to supervise; the number of
     heads may differ. Returns (B, T, T) in float32 or wider.
     """
+    # Hugging Face models return None where a fused kernel made no map.
     if not attentions or not all(torch.is_tensor(attn) for attn in attentions):
         raise ValueError('a layer has no attention map: load the model with attn_implementation='
                          '"eager" and call it once, not generate, with output_attentions=True')
     B, T = attentions[0].shape[0], attentions[0].shape[-1]
     total = 0
     for attn in attentions:
-        if attn.shape != (B, attn.shape[1], T, T):
+        if attn.shape[0] != B or attn.shape[2:] != (T, T):
             raise ValueError(f"attn is {tuple(attn.shape)}: it must be (B, n_head, T, T), "
                              "with B and T the same in every layer")
         # A sum and a division do what attn.mean(dim=1) does, with a faster backward pass.
@@ -45,8 +46,8 @@ def split_keys(adjacency, mask=None):
     and says which keys each query sees, as in a sliding window. A key that a query does not see is
     neither causal nor other.
 
-    Returns causal_keys (B, T, T), other_keys (B, T, T) and counts (B, T), all bool. A query counts
-    when it has at least one causal and one other key, because only then is there a ratio.
+    Returns causal_keys (B, T, T), other_keys (B, T, T) and counted (B, T), all bool. A query is
+    counted when it has at least one causal and one other key: only then is there a ratio.
     """
     B, T = adjacency.shape[0], adjacency.shape[-1]
     if adjacency.shape != (B, T, T):
@@ -67,8 +68,8 @@ def split_keys(adjacency, mask=None):
 
     causal_keys = adjacency & sees
     other_keys = sees & ~adjacency
-    counts = causal_keys.any(dim=-1) & other_keys.any(dim=-1)
-    return causal_keys, other_keys, counts
+    counted = causal_keys.any(dim=-1) & other_keys.any(dim=-1)
+    return causal_keys, other_keys, counted
 
 
 def attention_ratio(attn, adjacency, mask=None):
@@ -76,7 +77,7 @@ def attention_ratio(attn, adjacency, mask=None):
 
     attn is (B, T, T), as from `average_attention`; adjacency and mask are as in `split_keys`.
     Returns causal and other, (R,) each, for the R queries that count, batch by batch and from the
-    first to the last; causal / other is the ratio that `re_attention_loss` wants to be alpha.
+    first to the last; causal / other is the ratio that `re_attention_loss` wants at alpha or more.
     """
     attn, causal_keys, other_keys = rows_that_count(attn, adjacency, mask)
     return mean_over(causal_keys, attn), mean_over(other_keys, attn)
@@ -85,18 +86,21 @@ def attention_ratio(attn, adjacency, mask=None):
 def re_attention_loss(attn, adjacency, alpha, form="hinge", mask=None):
     """The Re-Attention loss: the mean of a penalty over the queries that count.
 
-    attn, adjacency and mask are as in `attention_ratio`. With causal and other from there and
-    ratio = causal / other, a query pays nothing once its ratio is alpha, and below that
+    attn, adjacency and mask are as in `attention_ratio`, and so are causal and other. alpha is
+    the ratio = causal / other to reach: beyond it a query pays nothing. The forms of its penalty:
 
-        hinge    alpha - ratio                        the paper's equation
-        div      -log(1 + causal) / log(1 + other)    the default of the released code
-        log      log(alpha) - log(ratio)              here: no slope 1 / other that explodes
-        each     the mean of log over the causal keys, with attention on the one key as causal
-        uniform  the mean of -log(n * attention) over the n causal keys; alpha is not used
+        hinge    max(alpha - ratio, 0)                  the paper's equation
+        div      -log(1 + causal) / log(1 + other)      the released code's default; 0 beyond alpha
+        log      max(log(alpha) - log(ratio), 0)        ours: the hinge's slope 1 / other explodes
+        each     mean over the causal keys j of         ours, and the default of train.py
+                 max(log(alpha) - log(attn_j / other), 0)
+        uniform  mean over the n causal keys j of       guided attention; alpha is not used
+                 -log(n * attn_j)
 
     The first three look at a mean, which is the same whether the causal keys share the attention
-    or one of them has it all; only `each` and `uniform` ask for every key. Returns a scalar, which
-    is an exact 0 with a gradient when no query counts. NaN in attention that counts shows.
+    or one of them has it all; only `each` and `uniform` ask for every key. Returns a scalar. When
+    no query counts it is 0 and still part of the graph, so that backward() works. NaN in attention
+    that counts is passed on, and elsewhere it changes nothing.
     """
     if form not in FORMS:
         raise ValueError(f"form is {form!r}: choose one of {', '.join(FORMS)}")
@@ -112,12 +116,12 @@ def re_attention_loss(attn, adjacency, alpha, form="hinge", mask=None):
         penalty = torch.relu(alpha - ratio)
     elif form == "div":
         penalty = -torch.log1p(causal) / torch.log1p(other)
-        # Asking for >= and not for < keeps NaN, which is neither.
+        # For NaN both >= and < are False; asked this way round, a NaN penalty stays.
         penalty = torch.where(ratio >= alpha, 0.0, penalty)
     elif form == "log":
         penalty = torch.relu(math.log(alpha) - torch.log(ratio))
     elif form == "each":
-        ratio_of_key = (attn + EPS) / other[:, None]  # (R, T)
+        ratio_of_key = (attn + EPS) / other[:, None]  # (R, T), of which the causal keys are used
         penalty_of_key = torch.relu(math.log(alpha) - torch.log(ratio_of_key))
         penalty = mean_over(causal_keys, penalty_of_key)
     elif form == "uniform":
@@ -125,7 +129,7 @@ def re_attention_loss(attn, adjacency, alpha, form="hinge", mask=None):
         penalty = mean_over(causal_keys, -torch.log(n * (attn + EPS)))
 
     R = len(penalty)
-    return penalty.sum() / max(R, 1)
+    return penalty.sum() / max(R, 1)  # a mean that is 0 and not NaN when R is 0
 
 
 def gamma_at(epoch, gamma0, decay):
@@ -145,8 +149,8 @@ def rows_that_count(attn, adjacency, mask):
     if attn.shape != adjacency.shape:
         raise ValueError(f"attn is {tuple(attn.shape)} and adjacency {tuple(adjacency.shape)}: "
                          "both must be (B, T, T)")
-    causal_keys, other_keys, counts = split_keys(adjacency, mask)
-    attn, causal_keys, other_keys = attn[counts], causal_keys[counts], other_keys[counts]
+    causal_keys, other_keys, counted = split_keys(adjacency, mask)
+    attn, causal_keys, other_keys = attn[counted], causal_keys[counted], other_keys[counted]
     # Keys that are neither may hold anything, even NaN, which would survive a product with 0.
     attn = torch.where(causal_keys | other_keys, widen(attn), 0.0)
     return attn, causal_keys, other_keys

@@ -55,13 +55,13 @@ class Example:
 
 @dataclass
 class Feature:
-    """A whole number of the game, drawn evenly from low to high."""
+    """A whole number of the game, drawn evenly from low to high unless it is a copy."""
     name: str
     low: int = 1
     high: int = 10
     weight: float = 0.0  # of a causal feature: its factor in the score
-    copies: str = ""  # of a spurious feature: the causal one that it copies, unless OOD,
-    ratio: float = 1.0  # times this, rounded down
+    copies: str = ""  # of a spurious feature: the causal feature that it copies
+    ratio: float = 1.0  # of a spurious feature: the copy is ratio * the original, rounded down
 
 
 @dataclass
@@ -92,7 +92,7 @@ STG = Game(
     question="Here is the statistical data for a person. "
              "Please predict the probability of cancer. {features} Answer: ",
     answers=[
-        (7.3, "High Risk"),  # over 7.2, and scores are whole tenths
+        (7.3, "High Risk"),  # the rule is "over 7.2", and scores come in steps of 0.1
         (2.7, "Middle Risk"),
         (-math.inf, "Low Risk"),
     ],
@@ -103,7 +103,8 @@ def draw(game, ood, rng, spurious_rng):
     """The numbers of one question, {name: number}.
 
     In distribution a spurious feature copies a causal one. Out of distribution (ood) it is drawn
-    by itself, from spurious_rng: the copy breaks, and it leaves the range that copies have.
+    by itself, from spurious_rng: the copy breaks, and values come that no copy has (Hormones copy
+    half of Exercise, 0 to 5, and are now 1 to 10). All else stays as it was.
     """
     numbers = {}
     for feature in game.causal + game.irrelevant:
@@ -154,15 +155,15 @@ def write(game, numbers, rng):
 
 
 def generate(game, n, ood=False, seed=0, spurious_seed=0, seen=None):
-    """n Examples of a game; no two are alike in all that is not spurious.
+    """n Examples of a game; no two have the same causal and irrelevant numbers.
 
-    seen is a set of such numbers: an example that is in it is not made, and those made are added,
-    so that training and test examples that share one set differ. Out of distribution another
+    seen is a set of such numbers. They are not used again, and those of the new examples are
+    added to it: training and test examples that share the set differ. Out of distribution another
     spurious_seed gives the same questions and answers with other spurious numbers.
     """
     seen = set() if seen is None else seen
-    telling = game.causal + game.irrelevant
-    possible = math.prod(feature.high - feature.low + 1 for feature in telling)
+    not_spurious = game.causal + game.irrelevant
+    possible = math.prod(feature.high - feature.low + 1 for feature in not_spurious)
     if n < 1 or n + len(seen) > possible:
         raise UserError(f"{n} examples are asked for, after {len(seen)} others: give at least 1, "
                         f"and not more than the {possible} that the game has")
@@ -174,7 +175,7 @@ def generate(game, n, ood=False, seed=0, spurious_seed=0, seen=None):
     while len(examples) < n:
         numbers = draw(game, ood, rng, spurious_rng)
         example = write(game, numbers, rng)
-        key = tuple(numbers[feature.name] for feature in telling)
+        key = tuple(numbers[feature.name] for feature in not_spurious)
         if key not in seen:
             seen.add(key)
             examples.append(example)
@@ -312,13 +313,14 @@ def no_equal_keys(pairs):
 
 
 def is_text(value):
-    """True for a string without the halves of characters that JSON lets through, as in "\\ud83d"."""
+    """True for a string that UTF-8 can hold: bytes that are not UTF-8, and halves of characters
+    as in "\\ud83d", were read as surrogates, which become a question mark here."""
     return isinstance(value, str) and value.encode(errors="replace").decode() == value
 
 
 def parse_labels(important):
-    """[(effect, [causes])] of what stands under "important", and a list of what is no label. null
-    is as if it were not there."""
+    """[(effect, [causes])] of the value of "important", and a list of what in it is no label. A
+    null is treated as if it were not there."""
     pairs, wrong = [], []
     groups = important if isinstance(important, list) else [important]
     for group in groups:
@@ -470,9 +472,10 @@ def hold_out(examples, share, seed):
 END = "<|endoftext|>"  # the token that closes every answer
 
 # How a text is cut before it is looked up: numbers of up to three digits, words with the blank
-# before them, marks with the blanks behind them. So ": " is one token, and a question that ends in
-# it is cut where training cut it.
-PATTERN = r"\d{1,3}| ?[^\s\d!-/:-@\[-`{-~]+|[!-/:-@\[-`{-~]+\s*|\s+"
+# before them, punctuation with the blanks behind it. So ": " is one token, and a question that
+# ends in it is cut where training cut it.
+PUNCTUATION = r"!-/:-@\[-`{-~"  # of ASCII
+PATTERN = rf"\d{{1,3}}| ?[^\s\d{PUNCTUATION}]+|[{PUNCTUATION}]+\s*|\s+"
 
 
 def tokenizer_of(pieces, pattern=PATTERN):
@@ -484,7 +487,7 @@ def tokenizer_of(pieces, pattern=PATTERN):
 
 def build_tokenizer(texts):
     """A tokenizer for any text: a token for each byte, for each number of up to three digits that
-    occurs in texts, and for each word or mark that occurs twice."""
+    occurs in texts, and for each other piece of PATTERN that occurs twice."""
     counts = Counter()
     for text in texts:
         counts.update(re.findall(PATTERN, text))
@@ -506,7 +509,7 @@ def token_offsets(tokenizer, tokens):
     text, starts = tokenizer.decode_with_offsets(tokens)
     offsets = []
     for start, end in zip(starts, starts[1:] + [len(text)]):
-        offsets.append((start, max(end, start + 1)))
+        offsets.append((start, max(end, start + 1)))  # the next byte may start where this one does
     return offsets
 
 
@@ -519,9 +522,9 @@ def tokens_in(span, offsets):
 def token_edges(edges, offsets):
     """Edges between spans as a sorted list of (query, key), positions of tokens.
 
-    offsets are the spans of the tokens as any fast tokenizer returns them; (0, 0) is no text. An
-    effect on the tokens s..e is supervised at the queries s-1..e-1 that predict it; the keys are
-    the cause's tokens before s.
+    offsets are the spans of the tokens, from `token_offsets` or any Hugging Face tokenizer, whose
+    special tokens have (0, 0). An effect on the tokens s..e is supervised at the queries s-1..e-1
+    that predict it; the keys are the cause's tokens before s.
     """
     pairs = set()
     for effect, cause in edges:
@@ -537,15 +540,16 @@ def token_edges(edges, offsets):
     return sorted(pairs)
 
 
-# An item ends with a number that stands alone or with a separator. A comma or point between two
-# digits is none.
+# The item of a number is the words around it that say what it is: "Smoking: 8" for the 8, and
+# "Answer: High Risk" for an answer. Items end with a number that stands alone or with a separator;
+# a comma or point between two digits does not separate.
 SEPARATOR = r"[;?!|\t\n\r，。；？！、،؛؟।] | (?<!\d)[,.] | [,.](?!\d)"
 ITEM_END = re.compile(rf"{NUMBER.pattern} | {SEPARATOR}", re.VERBOSE)
 
 
 def item_start(text, span, ends):
     """Where the item around a span starts: for the 8 of "Smoking: 8" at the S. ends are the places
-    where items of the text end, from `item_ends`."""
+    where items of the text end, from `item_ends`. Blanks after the item before are left out."""
     start = max(end for end in ends if end <= span[0])
     while start < span[0] and text[start].isspace():
         start += 1
@@ -553,7 +557,8 @@ def item_start(text, span, ends):
 
 
 def item_ends(example):
-    """The places where items end in input + target, and its start."""
+    """The places in input + target where an item ends, so that the next can start; 0 is one too.
+    A number does not go on from the input into the target, so they are searched apart."""
     ends = [0]
     for match in ITEM_END.finditer(example.input):
         ends.append(match.end())
@@ -562,7 +567,7 @@ def item_ends(example):
     return ends
 
 
-OUTSIDE = 10**9  # where the item of a token starts that is in none: after all tokens
+OUTSIDE = 10**9  # item_first of a token that is in no item: a position after all tokens
 
 
 @dataclass
@@ -573,7 +578,7 @@ class Encoded:
     answer: torch.Tensor  # (T,) bool: predicts a token of the answer, or END
     causal: torch.Tensor  # (T,) bool: holds a cause of the answer
     spurious: torch.Tensor  # (T,) bool: holds what is called spurious and is no cause
-    item: torch.Tensor  # (T,) first token of the item of a cause or effect, or OUTSIDE
+    item_first: torch.Tensor  # (T,) first token of its item, of a cause or effect, or OUTSIDE
     edges: torch.Tensor  # (E, 2) query and key of each edge
 
 
@@ -599,12 +604,19 @@ def encode(example, tokenizer):
             causal[key] = True
             spurious[key] = False  # what is called both is causal
 
-    item = [OUTSIDE] * T
+    item_first = [OUTSIDE] * T
     ends = item_ends(example)
-    for span in {span for edge in example.edges for span in edge}:
-        inside = tokens_in((item_start(text, span, ends), span[1]), offsets)
-        for t in inside:
-            item[t] = min(item[t], inside[0])  # where two items overlap, the earlier one counts
+    spans = set()
+    for effect, cause in example.edges:
+        spans.update([effect, cause])
+    for span in spans:
+        item = tokens_in((item_start(text, span, ends), span[1]), offsets)
+        first = item[0]
+        if span[1] > len(example.input):
+            # The query that predicts the answer is in its item, even behind "...?" or a number.
+            first = min(first, len(prompt) - 1)
+        for t in range(first, item[-1] + 1):
+            item_first[t] = min(item_first[t], first)  # where items overlap, the earlier counts
 
     return Encoded(
         idx=torch.tensor(tokens),
@@ -612,7 +624,7 @@ def encode(example, tokenizer):
         answer=torch.tensor(answer),
         causal=torch.tensor(causal),
         spurious=torch.tensor(spurious),
-        item=torch.tensor(item),
+        item_first=torch.tensor(item_first),
         edges=torch.tensor(pairs, dtype=torch.long).view(-1, 2),
     )
 
@@ -646,10 +658,13 @@ def collate(examples, device="cpu"):
     adjacency = torch.zeros(B, T, T, dtype=torch.bool)
     adjacency[b, query, key] = True
 
-    # Row i of `inside` is about what token i holds, not about what it predicts: it is not shifted.
-    item = padded("item", OUTSIDE)
-    position = torch.arange(T)
-    inside = (item[:, :, None] <= position) & (position <= position[:, None])  # (B, T, T)
+    # In "Smoking: 8" the 8 may look at Smoking, at the colon and at itself. Row i of `inside` is
+    # about what token i holds and later layers read from it, not about what it predicts: it is not
+    # shifted.
+    first = padded("item_first", OUTSIDE)[:, :, None]  # (B, T, 1)
+    query = torch.arange(T)[:, None]  # (T, 1)
+    key = torch.arange(T)[None, :]  # (1, T)
+    inside = (first <= key) & (key <= query)  # (B, T, T)
 
     return Batch(
         idx=idx.to(device),

@@ -1,7 +1,7 @@
 """A small GPT that returns the attention map of every layer, so that a loss can be put on it.
 
 It differs from GPT-2 in what current models such as Qwen3 and OLMo 2 do as well: rotary positions
-instead of learned ones, and queries and keys of a fixed length.
+instead of learned ones, and queries and keys that are normalised.
 """
 import math
 from dataclasses import dataclass
@@ -30,7 +30,8 @@ def rotary_angles(block_size, head_size):
 
 def rotate(x, cos, sin):
     """x, (B, n_head, T, head_size), with channel pairs turned by the angles of their positions.
-    A query's product with a key then depends on how far they are apart, not on where they are."""
+    A query's product with a key then depends on how far they are apart, not on where they are.
+    A pair is a channel of the first half and its twin in the second."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
@@ -52,11 +53,11 @@ class CausalSelfAttention(nn.Module):
         k = k.view(B, T, self.n_head, head_size).transpose(1, 2)
         v = v.view(B, T, self.n_head, head_size).transpose(1, 2)
 
-        # Queries and keys of a fixed length bound the scores: no key can win all of a head's
+        # Queries and keys of a fixed norm bound the scores: no key can win all of a head's
         # attention early in training and leave the others without a gradient.
         q = F.rms_norm(q, (head_size,))
         k = F.rms_norm(k, (head_size,))
-        q = rotate(q, cos, sin) / math.sqrt(head_size)
+        q = rotate(q, cos, sin) / math.sqrt(head_size)  # cheaper than dividing the scores
         k = rotate(k, cos, sin)
 
         # Written out, because fused kernels do not return the map.
@@ -157,6 +158,6 @@ class GPT(nn.Module):
                 break
             new.append(token.item())
             if idx.shape[1] == self.config.block_size:
-                break
+                break  # there is no place for another token
             idx = torch.cat((idx, token), dim=1)
         return new

@@ -40,7 +40,7 @@ MARKED = 0.05  # --ask marks tokens with at least this share of the attention
 # ----------------------------------------------------------------------------
 # Flags
 
-# These may differ when a run is resumed; what they set does not change its results.
+# These say where a command runs, and may differ when it is resumed; all others make its results.
 PLACE_FLAGS = ("device", "threads", "out", "resume", "ask")
 
 
@@ -62,10 +62,12 @@ def parse_args(argv):
     add("--runs", nargs="+", choices=["no-cat", "cat"], default=["no-cat", "cat"],
         help="without CAT, with CAT, or both")
     add("--seed", type=int, nargs="+", default=[1], help="one or more, of data and weights")
-    add("--steps", type=int, default=1200, help="updates of the weights")
+    add("--steps", type=int, default=1800, help="updates of the weights")
     add("--batch-size", type=int, default=16, help="examples in a step")
-    add("--lr", type=float, default=6e-3, help="highest learning rate, after warm-up")
-    add("--form", choices=FORMS, default="each", help="form of the Re-Attention loss")
+    add("--lr", type=float, default=6e-3,
+        help="learning rate, which rises over the first tenth and then falls to 0 as a cosine")
+    add("--form", choices=FORMS, default="each",
+        help="form of the Re-Attention loss; only each and uniform ask for every cause")
     add("--alpha", type=float, default=100.0, help="ratio of causal to other attention to reach")
     add("--gamma", type=float, default=0.3, help="weight of the Re-Attention loss at the start")
     add("--decay", type=float, default=0.0,
@@ -73,7 +75,7 @@ def parse_args(argv):
     add("--layers", choices=["last", "all"], default="last",
         help="whose attention should look at the causes: the last layer's or the mean over all")
     add("--open-path", action="store_true",
-        help="do not keep the layers below the last inside of items")
+        help="let causes and answers look outside of their items in the layers below the last")
     # place
     if torch.cuda.is_available():
         device = "cuda"
@@ -180,11 +182,15 @@ def load_data(args, seed, game, files):
 
 
 # ----------------------------------------------------------------------------
-# The two losses
+# The two losses of L = L_next + gamma * L_attn
+#
+# L_next = cross-entropy of all tokens + cross-entropy of the answer
+# L_attn = Re-Attention loss of the last layer on the causes
+#          + Re-Attention loss of the layers below it on the items, unless the path is left open
 
 def next_token_loss(logits, batch):
-    """The usual loss over all tokens, and once more over the answer: its three tokens are lost
-    among the numbers of a question, which nobody can predict."""
+    """The mean over all tokens, plus that over the answer: alone, the few tokens of an answer would
+    be lost among the numbers of a question, most of which nobody can predict."""
     loss_all = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=-100)
     loss_answer = F.cross_entropy(logits[batch.answer], batch.targets[batch.answer])
     return loss_all + loss_answer
@@ -198,13 +204,17 @@ def supervised_attention(attentions, args):
 
 
 def attention_loss(attentions, batch, args):
-    """The Re-Attention loss on the causes and, unless the path is left open, on the items."""
+    """The Re-Attention loss on the causes and, unless the path is left open, on the items.
+
+    No mask is needed: padding has no edges, and no token looks at it, since it comes last.
+    """
     attn = supervised_attention(attentions, args)
     loss = re_attention_loss(attn, batch.adjacency, args.alpha, args.form)
 
-    # Closing the path: one layer below, the answer's own query could read a spurious number, and
-    # carry it past the map that is supervised. So there, causes and answer look inside their own
-    # items only.
+    # Closing the path: below the last layer, the answer's own query could read a spurious number
+    # and carry it past the map that is supervised. The 8 of "Smoking: 8" could do so too, and then
+    # an answer that looks at the 8 reads the spurious number all the same. So there, the tokens of
+    # causes and answers look inside their own items only.
     below = attentions[:-1]
     if below and not args.open_path:
         attn = average_attention(below)
@@ -236,8 +246,9 @@ def eval_batches(examples):
 
 @torch.no_grad()
 def evaluate(model, examples, tokenizer, args):
-    """The Answers of a model. Each token of an answer is predicted after the right ones before it,
-    so the answer is right just when the one that the model would write by itself is."""
+    """The Answers of a model. Each token of an answer is predicted after the right tokens before
+    it. A model that writes by itself makes its first mistake at the same token, so the same answers
+    are right."""
     answers = Answers([], [], [])
     for group in eval_batches(examples):
         batch = collate(group, args.device)
@@ -263,7 +274,7 @@ def accuracy(answers):
 
 
 def share_of_most_frequent(right):
-    """The accuracy of who always gives the most frequent answer."""
+    """The accuracy of always giving the most frequent answer."""
     _, n = Counter(right).most_common(1)[0]
     return n / len(right)
 
@@ -292,8 +303,8 @@ def test(model, splits, tokenizer, args):
         answers[split] = evaluate(model, examples, tokenizer, args)
         if split != "redrawn":
             scores[f"acc_{split}"] = accuracy(answers[split])
-    last = "ood" if "ood" in splits else list(splits)[-1]
-    scores.update(attention_shares(answers[last], splits[last]))
+    shown = "ood" if "ood" in splits else list(splits)[-1]
+    scores.update(attention_shares(answers[shown], splits[shown]))
     if "redrawn" in splits:
         pairs = zip(answers["ood"].given, answers["redrawn"].given)
         scores["changed"] = statistics.mean(before != after for before, after in pairs)
@@ -301,7 +312,8 @@ def test(model, splits, tokenizer, args):
 
 
 # ----------------------------------------------------------------------------
-# Checkpoints: all that --ask and --resume need, and nothing that runs code when loaded
+# Checkpoints: all that --ask needs, and what --resume can't make again from the flags and the
+# training data; nothing in them runs code when loaded
 
 def checkpoint_path(args, run, seed):
     return Path(args.out, f"{run}-{seed}.pt")
@@ -371,7 +383,7 @@ def train(args, run, seed, data, fingerprint, metrics_path):
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True)
     n, B = len(data.train), args.batch_size
     n_epochs = math.ceil(args.steps * B / n)
-    order = torch.cat([torch.randperm(n) for _ in range(n_epochs)]).tolist()
+    order = torch.cat([torch.randperm(n) for _ in range(n_epochs)]).tolist()  # one epoch by one
 
     first_step = 0
     path = checkpoint_path(args, run, seed)
@@ -707,8 +719,8 @@ def main(argv, game=STG):
     data = load_data(args, args.seed[0], game, files)
     model = GPT(GPTConfig(vocab_size=data.tokenizer.n_vocab))
     n_parameters = sum(weight.numel() for weight in model.parameters())
-    print(f"on {args.device}: {n_parameters:,} parameters, {len(data.train):,} examples to train on, "
-          f"{len(data.tested['iid']):,} in each test", flush=True)
+    print(f"on {args.device}: {n_parameters:,} parameters, {len(data.train):,} examples to train "
+          f"on, {len(data.tested['iid']):,} in each test", flush=True)
 
     # All that a user gives has been looked at: only now files change. With --resume the runs go
     # on; without it they start anew.

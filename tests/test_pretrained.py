@@ -45,6 +45,7 @@ EXAMPLE = Example(
         ((33, 42), (0, 10)),  # "High Risk" because of "Smoking: 8"
         ((33, 42), (12, 16)),  # and of "Room"
         ((9, 10), (0, 7)),  # 8 because of "Smoking"
+        ((23, 24), (9, 10)),  # 5 because of 8
     ],
 )
 
@@ -115,6 +116,7 @@ def test_edges_go_from_the_token_before_the_effect(tokenizer):
         "Smoking", ":", "8", ",", "Room", "size", ":", "5", "Answer", ":", "High", "Risk", "<end>"]
     assert row["edges"] == [
         (1, 0),  # ":" predicts 8, whose cause is Smoking
+        (6, 2),  # ":" predicts 5, whose cause is 8
         (9, 0), (9, 1), (9, 2), (9, 4),  # ":" predicts High
         (10, 0), (10, 1), (10, 2), (10, 4),  # High predicts Risk
     ]
@@ -130,8 +132,8 @@ def test_a_token_before_the_text_is_no_label_and_no_cause(tokenizer):
 
 
 @pytest.mark.parametrize("edges, causes, expected", [
-    ("all", "value", ["8", "Room", "Smoking"]),
-    ("all", "span", ["Smoking: 8", "Room", "Smoking"]),
+    ("all", "value", ["8", "Room", "Smoking", "8"]),
+    ("all", "span", ["Smoking: 8", "Room", "Smoking", "8"]),
     ("answer-numbers", "value", ["8"]),
     ("answer-numbers", "span", ["Smoking: 8"]),
     ("answer-numbers", "random", ["5"]),  # the only number that is no cause
@@ -580,7 +582,7 @@ def test_the_tokenizer_of_a_real_model(real):
 
     queries = sorted({query for query, _ in row["edges"]})
     predicted = [row["input_ids"][query + 1] for query in queries]
-    assert words(tokenizer, predicted) == ["8", " High", " Risk"]
+    assert words(tokenizer, predicted) == ["8", "5", " High", " Risk"]
     keys = sorted({key for query, key in row["edges"] if query == queries[-1]})
     causes = [row["input_ids"][key] for key in keys]
     assert words(tokenizer, causes) == ["Smoking", ":", " ", "8", " Room"]

@@ -150,7 +150,15 @@ def test_items_of_the_answer_start_with_it_even_right_behind_a_number():
 def test_a_token_of_two_items_belongs_to_the_earlier():
     example, _ = link("a, b, c, d, ", "x", [("x", ["c, d", "b, c", "a, b"])])
     encoded = encode(example, tokenizer_for(example))
-    assert encoded.item.tolist()[:7] == [0, 0, 0, 2, 2, 4, 4]  # a, b, c, d
+    assert encoded.item_first.tolist()[:7] == [0, 0, 0, 2, 2, 4, 4]  # a, b, c, d
+
+
+def test_the_query_that_predicts_the_answer_is_in_its_item_behind_a_question_mark_too():
+    example, _ = link("Is it 8?", "yes", [("yes", ["8"])])
+    encoded = encode(example, tokenizer_for(example))
+    first_query = encoded.answer.nonzero()[0].item()  # the question mark
+    assert encoded.item_first[first_query] == first_query
+    assert encoded.item_first[first_query + 1] == first_query
 
 
 # ----------------------------------------------------------------------------

@@ -202,10 +202,10 @@ def test_val_holds_out_a_share_of_the_training_file(own_folder):
 
 
 def test_the_blanks_that_most_questions_end_with_are_kept(own_folder):
-    lines = [to_line("one", "a"), to_line("two \n", "b"), to_line("three \n", "c"),
-             to_line("four \n", "d")]
-    Path("train.jsonl").write_text("".join(lines))
-    assert load("--train train.jsonl --val 0.25").prompt_end == " \n"
+    lines = [to_line("one", "a"), to_line("two \n", "b"), to_line("three \n", "c")]
+    Path("rows.jsonl").write_text("".join(lines))
+    data = load("--train rows.jsonl --iid rows.jsonl --ood rows.jsonl")
+    assert data.prompt_end == " \n"
 
 
 # ----------------------------------------------------------------------------
