@@ -50,7 +50,7 @@ EXAMPLE = Example(
 )
 
 
-def word_tokenizer(texts):
+def word_tokenizer(texts, padding_side="right"):
     split = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Punctuation()])
     words = {"<end>": 0, "<start>": 1}
     for text in texts:
@@ -58,7 +58,8 @@ def word_tokenizer(texts):
             words.setdefault(word, len(words))
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<end>"))
     tokenizer.pre_tokenizer = split
-    return hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+    return hf.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<end>", padding_side=padding_side)
 
 
 @pytest.fixture
@@ -367,8 +368,7 @@ def saved(tmp_path_factory):
         examples = examples_of("Low Risk", 8)
         write(folder / "low.jsonl", examples)
         texts = [example.input + example.target for example in generate(STG, 99)]
-        tokenizer = word_tokenizer(texts + ["Please answer."])
-        tokenizer.padding_side = "left"
+        tokenizer = word_tokenizer(texts + ["Please answer."], padding_side="left")
         tokenizer.save_pretrained(folder / "model")
         dropout = {"attention_dropout": 0.5, "attn_pdrop": 0.5}
         model = random_model(family, len(tokenizer), **dropout)

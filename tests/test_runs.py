@@ -291,6 +291,13 @@ def test_a_line_of_metrics_that_was_cut_off_is_left_out():
     assert read_metrics() == before
 
 
+def test_a_run_with_a_negative_seed_starts_anew_too(capsys):
+    flags = "--seed -1 --runs no-cat --steps 1 --out negative"
+    run(flags)
+    run(flags)
+    assert capsys.readouterr().out.count("1/1: ") == 2
+
+
 def test_a_run_goes_on_in_another_folder(capsys):
     os.rename("out", "moved")
 

@@ -54,8 +54,10 @@ def watch_one(data):
 
 
 def write_game(path, n, ood=False, seed=0):
-    lines = [game_line(example) for example in generate(TINY, n, ood, seed)]
-    Path(path).write_text("".join(lines))
+    """Writes n examples of the game to a file; returns their texts."""
+    examples = generate(TINY, n, ood, seed)
+    Path(path).write_text("".join(game_line(example) for example in examples))
+    return [example.input + example.target for example in examples]
 
 
 @pytest.fixture(scope="module")
@@ -173,32 +175,32 @@ def test_whole_spans_are_looked_at_in_training_and_in_tests():
         assert len(example.edges) == 2 * 3
 
 
-def sources(examples):
-    return [example.source for example in examples]
+def texts(examples, tokenizer):
+    return [tokenizer.decode(example.idx.tolist()) for example in examples]
 
 
 def test_a_run_on_files_watches_training_examples_only(own_folder):
-    write_game("train.jsonl", 2)
-    write_game("iid.jsonl", 1, seed=1)
-    write_game("ood.jsonl", 1, ood=True, seed=1)
+    train_texts = write_game("train.jsonl", 2)
+    iid_texts = write_game("iid.jsonl", 2, seed=1)
+    ood_texts = write_game("ood.jsonl", 2, ood=True, seed=1)
 
     data = load("--train train.jsonl --iid iid.jsonl --ood ood.jsonl")
 
     assert data.watched.keys() == {"train"}
-    assert sources(data.watched["train"]) == ["train.jsonl:1", "train.jsonl:2"]
-    assert sources(data.tested["iid"]) == ["iid.jsonl:1"]
-    assert sources(data.tested["ood"]) == ["ood.jsonl:1"]
+    assert texts(data.watched["train"], data.tokenizer) == train_texts
+    assert texts(data.tested["iid"], data.tokenizer) == iid_texts
+    assert texts(data.tested["ood"], data.tokenizer) == ood_texts
 
 
 def test_val_holds_out_a_share_of_the_training_file(own_folder):
-    write_game("train.jsonl", 4)
+    all_texts = write_game("train.jsonl", 4)
 
     data = load("--train train.jsonl --val 0.25")
 
-    train_lines = sources(data.watched["train"])
-    held_out = sources(data.tested["iid"])
-    assert len(train_lines) == 3 and len(held_out) == 1
-    assert sorted(train_lines + held_out) == [f"train.jsonl:{line}" for line in (1, 2, 3, 4)]
+    train_texts = texts(data.watched["train"], data.tokenizer)
+    held_out = texts(data.tested["iid"], data.tokenizer)
+    assert len(train_texts) == 3 and len(held_out) == 1
+    assert sorted(train_texts + held_out) == sorted(all_texts)
 
 
 def test_the_blanks_that_most_questions_end_with_are_kept(own_folder):
