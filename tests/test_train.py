@@ -335,6 +335,11 @@ def test_gamma_falls_to_half_at_the_half(data):
     assert gammas[5] == pytest.approx(0.2)
 
 
+def test_the_last_step_is_logged_too(data):
+    _, lines = train_on(data, "no-cat", "--steps 11")
+    assert [line["step"] for line in lines] == [2, 4, 6, 8, 10, 11]
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(data):
     with pytest.raises(UserError, match="the loss is .* at step .* give a lower --lr"):
         train_on(data, "cat", "--steps 20 --lr 1e30")
