@@ -1,4 +1,5 @@
 """The README's code and commands, as they stand there, with flags that make them small."""
+import os
 import re
 import shlex
 import sys
@@ -128,3 +129,30 @@ def test_the_command_that_has_questions_labelled():
     data.main(arguments)
 
     assert len(data.read("labelled.jsonl")[0].edges) == 1
+
+
+VARIANTS = re.findall(r"^\| `(--[^`]*)`", README, re.MULTILINE)
+
+
+@pytest.mark.parametrize("flags", VARIANTS)
+def test_the_flags_of_each_variant(flags):
+    small = "--rows 16 --test-rows 4 --steps 2 --batch-size 4 --threads 1 --device cpu"
+    train.main(f"--runs cat {flags} {small}".split())
+    assert Path("out/cat-1.pt").exists()
+
+
+RELEASED = os.environ.get("CAT_RELEASED_DATA")
+
+
+@pytest.mark.skipif(not RELEASED, reason="CAT_RELEASED_DATA names no folder of the authors' data")
+@pytest.mark.parametrize("words", ["--train spurious_token", "--train STG_H"])
+def test_the_commands_for_the_files_of_the_authors(words):
+    command, = re.findall(rf"`python train\.py ({words}[^`]*)`", README)
+    for path in Path(RELEASED).rglob("*.jsonl"):
+        first_lines = path.read_text("utf-8").splitlines(keepends=True)[:20]
+        Path(path.name).write_text("".join(first_lines), "utf-8")
+    small = "--runs cat --seed 71 --steps 2 --threads 1 --device cpu"
+
+    train.main(f"{command} {small}".split())
+
+    assert len(list(Path("out").rglob("cat-71.pt"))) == 1

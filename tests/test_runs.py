@@ -141,9 +141,11 @@ def test_the_table_is_of_the_saved_models():
     data = train.load_data(args, 1, TINY, train.read_files(args))
     printed = Path("printed.txt").read_text()
     for run in ("no-cat", "cat"):
-        scores, _ = train.test(saved_model(run), data.tested, data.tokenizer, args)
+        scores, answers = train.test(saved_model(run), data.tested, data.tokenizer, args)
         row = rf"\n{train.NAMES[run]} +{scores['acc_iid']:.3f} +{scores['acc_ood']:.3f} "
         assert re.search(row, printed)
+        most = train.share_of_most_frequent(answers["ood"].right)
+        assert f"{most:.3f} for the most frequent" in printed
 
 
 def test_metrics_have_ten_lines_a_run_with_all_that_is_known():
@@ -403,6 +405,13 @@ def test_a_picture_is_of_the_first_question_that_the_runs_answer_differently(sho
     assert f"CAT answers {right[1]}, which is right" in texts
     assert "".join(texts).count(shown.examples[1].input) == 2
     assert {"attention of the answer:", "0%", "causal", "spurious"} <= set(texts)
+
+
+def test_the_picture_that_is_written_is_of_an_ood_question():
+    parts = parts_of(Path("out/attention.svg").read_text())
+    text = "".join(part.text or "" for part in parts)
+    lines = Path("ood.jsonl").read_text().splitlines()
+    assert any(json.loads(line)["input"] in text for line in lines)
 
 
 def test_the_shade_is_the_attention_and_the_font_says_what_is_causal(shown):
