@@ -17,8 +17,8 @@ import pytest
 import torch
 
 import train
-from data import (END, UserError, build_tokenizer, choose_causes, encode, generate, to_line,
-                  tokenizer_of)
+from data import (END, Example, UserError, build_tokenizer, choose_causes, encode, generate,
+                  to_line, tokenizer_of)
 from model import GPT, GPTConfig
 from test_train import SMALL, TINY, write_game
 
@@ -148,6 +148,13 @@ def test_the_table_is_of_the_saved_models():
         assert f"{most:.3f} for the most frequent" in printed
 
 
+def test_each_seed_has_its_own_data():
+    train.main((SMALL + "--seed 1 2 --runs no-cat --out seeds").split(), game=TINY)
+    first = torch.load("seeds/no-cat-1.pt", weights_only=True)
+    second = torch.load("seeds/no-cat-2.pt", weights_only=True)
+    assert first["pieces"] != second["pieces"]  # numbers that occur in training
+
+
 def test_metrics_have_ten_lines_a_run_with_all_that_is_known():
     lines = read_metrics()
     assert [line["run"] for line in lines] == ["no-cat"] * 10 + ["cat"] * 10
@@ -219,10 +226,11 @@ def test_blanks_at_the_end_of_a_question_change_nothing(capsys):
     assert ask(capsys, QUESTION + " \n") == expected
 
 
-def test_a_character_of_several_tokens_is_printed_once(capsys):
-    shown, _ = ask(capsys, "é漢 Smoking: 2").splitlines()
-
-    assert re.sub(r"\[\d+%\]", "", shown) == "é漢 Smoking: 2 "
+def test_the_tokens_of_one_character_are_shown_together():
+    tokenizer = build_tokenizer([])  # a token for each byte
+    tokens = tokenizer.encode_ordinary("a漢b")
+    pieces = train.readable_pieces(tokenizer, tokens)
+    assert pieces == [("a", [0]), ("漢", [1, 2, 3]), ("b", [4])]
 
 
 @pytest.mark.parametrize("content", [
@@ -256,7 +264,8 @@ def test_a_question_that_can_not_be_answered_is_an_error(question, message, caps
 
 def test_a_character_that_can_not_be_printed_is_escaped():
     environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
-    ended = process(train.__file__, "--ask out/cat-1.pt 漢 --device cpu --threads 1", env=environment)
+    flags = "--ask out/cat-1.pt 漢 --device cpu --threads 1"
+    ended = process(train.__file__, flags, env=environment)
 
     assert ended.returncode == 0
     assert "\\u6f22" in ended.stdout
@@ -428,6 +437,16 @@ def test_the_shade_is_the_attention_and_the_font_says_what_is_causal(shown):
     assert texts["2"].get("font-weight") == "bold"
     assert texts["5"].get("font-style") == "italic"
     assert texts["56"].attrib.keys() == {"x", "y", "{http://www.w3.org/XML/1998/namespace}space"}
+
+
+def test_a_long_question_is_wrapped_inside_the_picture():
+    tokenizer = build_tokenizer([])
+    example = encode(Example("漢字 " * 40, "Low"), tokenizer)
+    answers = train.Answers(["Low"], ["Low"], [torch.zeros(len(example.idx))])
+    background, *parts = parts_of(train.attention_svg({"cat": answers}, [example], tokenizer))
+    for part in parts:
+        end = float(part.get("x")) + float(part.get("width") or 0)
+        assert end <= float(background.get("width"))
 
 
 def test_what_xml_forbids_is_replaced_in_a_picture():
