@@ -94,6 +94,11 @@ def parse_args(argv):
     for name in ("rows", "test_rows", "steps", "batch_size", "threads"):
         if getattr(args, name) < 1:
             parser.error(f"{flag(name)} is {getattr(args, name)}: give at least 1")
+    if args.threads > 1024:
+        parser.error(f"--threads is {args.threads}: give at most the number of cores")
+    for seed in args.seed:
+        if not -(2**63) <= seed < 2**63:  # what torch.manual_seed takes
+            parser.error(f"--seed is {seed}: give a number of at most 18 digits")
     for name in ("lr", "alpha"):
         if not 0 < getattr(args, name) < math.inf:
             parser.error(f"{flag(name)} is {getattr(args, name)}: give a number over 0")
@@ -107,9 +112,11 @@ def parse_args(argv):
     if given not in ([], ["train", "iid", "ood"], ["train", "val"]):
         parser.error(f"only {' '.join(map(flag, given))} given: give --train --iid --ood, or "
                      "--train --val, or none of them")
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", args.device):
+        parser.error(f"--device is {args.device}: give cpu, cuda or mps")
     try:
         torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError):
+    except (RuntimeError, AssertionError):  # how torch says that there is no such device
         parser.error(f"--device is {args.device}: this machine has {device}")
     return args
 
@@ -339,7 +346,7 @@ def load_checkpoint(path):
         except Exception:  # torch.load has many ways to refuse a file
             checkpoint = None
     if not isinstance(checkpoint, dict) or "fingerprint" not in checkpoint:
-        raise UserError(f"{path}: no checkpoint of train.py: give one, such as out/cat-1.pt")
+        raise UserError(f"{path}: no checkpoint of train.py: name another file, or another --out")
     return checkpoint
 
 
