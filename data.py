@@ -18,6 +18,7 @@ import subprocess
 import sys
 import unicodedata
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
@@ -746,15 +747,17 @@ def run_assistant(command, prompt, timeout):
                                stdout=subprocess.PIPE)
     try:
         reply, _ = process.communicate(prompt, timeout=timeout)
-    except subprocess.TimeoutExpired:
-        raise ValueError(f"no reply in {timeout} seconds") from None
-    finally:
-        # After a time-out or Ctrl-C, what the shell has started must end with it.
-        if process.poll() is None and posix:
-            os.killpg(process.pid, signal.SIGKILL)
-        elif process.poll() is None:
+    except (subprocess.TimeoutExpired, KeyboardInterrupt) as error:
+        # What the shell has started must end too, even when the shell itself has ended before.
+        if posix:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        else:
             subprocess.run(["taskkill", "/F", "/T", "/PID", str(process.pid)])
         process.wait()
+        if isinstance(error, subprocess.TimeoutExpired):
+            raise ValueError(f"no reply in {timeout} seconds") from None
+        raise
     if process.returncode in (126, 127, 9009):  # what shells say of a command that is not there
         raise UserError(f"--assistant {command!r}: the shell can't run it: give a command that "
                         "reads a prompt and prints a reply")

@@ -98,11 +98,15 @@ def test_a_command_that_can_not_be_run_is_the_users_mistake(command):
         run_assistant(command, "", timeout=60)
 
 
-def test_a_time_out_ends_what_the_shell_started_too(tmp_path):
+@pytest.mark.parametrize("command", [
+    "(exec >{pipe}; sleep 2; echo alive) | cat",
+    "(exec 3>{pipe}; sleep 2; echo alive >&3) &",
+], ids=["the shell waits", "the shell has ended"])
+def test_a_time_out_ends_what_the_shell_started_too(command, tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    command = f"(exec >{pipe}; sleep 2; echo alive) | cat"
+    command = command.format(pipe=pipe)
     with pytest.raises(ValueError, match="no reply in 0.5 seconds"):
         run_assistant(command, "", timeout=0.5)
     # This waits until nobody can write any more, and would read "alive" from who was left.
