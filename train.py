@@ -436,8 +436,9 @@ def train(args, run, seed, data, fingerprint, metrics_path):
             if not math.isfinite(loss.item()):
                 raise UserError(f"the loss is {loss.item()} at step {step + 1}: "
                                 "give a lower --lr or --gamma")
-            with torch.no_grad():
-                loss_attn = attention_loss(attentions, batch, args)  # of both runs, to compare
+            if run == "no-cat":
+                with torch.no_grad():  # to compare, not to train on
+                    loss_attn = attention_loss(attentions, batch, args)
             scores, _ = test(model, data.watched, data.tokenizer, args)
             line = {
                 "run": run, "seed": seed, "step": step + 1, "steps": args.steps,
