@@ -50,7 +50,6 @@ def test_a_draft_is_no_label(start, end):
     ("[" * 100_000, "too many brackets"),
     (ECHO, "an echo"),
     (f"[{ECHO}]", "an echo"),
-    ('["8"]', "no label: '8'"),
     ('{"important": "8"}', "no label: '8'"),
     ('{"High": [8]}', "no label: {'High'"),
     ('{"High": ["8"], "High": ["5"]}', "'High' stands twice"),
@@ -63,19 +62,9 @@ def test_anything_else_is_no_label(reply, message):
 # ----------------------------------------------------------------------------
 # The assistant's command
 
-def test_the_shell_runs_the_command_and_its_pipes():
-    assert run_assistant("cat | tr 5 8", "é: 5", timeout=60) == "é: 8"
-
-
 def test_a_command_that_fails_gives_no_reply():
     with pytest.raises(ValueError, match="the command failed with code 3"):
         run_assistant("echo '[]'; exit 3", "", timeout=60)
-
-
-@pytest.mark.parametrize("command", ["no-such-program", "cat | /"])
-def test_a_command_that_can_not_be_run_is_the_users_mistake(command):
-    with pytest.raises(UserError, match="--assistant '.*': the shell can't run it: give"):
-        run_assistant(command, "", timeout=60)
 
 
 @pytest.mark.parametrize("command", [
@@ -103,12 +92,17 @@ SAY = """echo '{"High Risk": ["Smoking: 8"]}'"""
 DEMO = to_line("demo " + TEXT, "High Risk", IMPORTANT)
 
 
+def labelled(names, important=IMPORTANT):
+    """A line for each name."""
+    lines = [to_line(f"{name} {TEXT}", "High Risk", important) for name in names.split()]
+    return "".join(lines)
+
+
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
     """The working folder, with three questions and a demonstration."""
     monkeypatch.chdir(tmp_path)
-    questions = [to_line(f"{name} {TEXT}", "High Risk") for name in ("one", "two", "three")]
-    Path("questions.jsonl").write_text("".join(questions))
+    Path("questions.jsonl").write_text(labelled("one two three", important=()))
     Path("demos.jsonl").write_text(DEMO)
 
 
@@ -118,12 +112,8 @@ def label(assistant):
     return Path("out.jsonl").read_text()
 
 
-def labelled(*names):
-    return "".join(to_line(f"{name} {TEXT}", "High Risk", IMPORTANT) for name in names)
-
-
 def test_usable_replies_become_labels(capsys):
-    assert label(SAY) == labelled("one", "two", "three")
+    assert label(SAY) == labelled("one two three")
     assert capsys.readouterr().out == "3 labelled, 0 without a usable reply\n"
 
 
@@ -145,20 +135,21 @@ def test_the_prompt_ends_with_the_demonstrations_and_the_bare_question():
 def test_an_unusable_reply_is_counted_and_not_saved(capsys, reply, message):
     Path("reply").write_text(reply)
     assert label("cat reply") == ""
-    count, first = capsys.readouterr().out.splitlines()
-    assert count == "0 labelled, 3 without a usable reply"
-    assert first.startswith(f"the first of them: questions.jsonl:1: {message}; ")
+    assert capsys.readouterr().out.startswith(
+        "0 labelled, 3 without a usable reply\n"
+        f"the first of them: questions.jsonl:1: {message}; ")
 
 
 def test_only_what_has_no_label_is_asked_again():
     assert label(f"tail -n 1 | grep -q two && {SAY}") == labelled("two")
-    assert label(f"echo asked >> asked; {SAY}") == labelled("two", "one", "three")
+    assert label(f"echo asked >> asked; {SAY}") == labelled("two one three")
     assert Path("asked").read_text() == "asked\n" * 2
 
 
-def test_a_command_that_is_not_there_ends_the_work_at_the_first_question():
-    with pytest.raises(UserError, match="no-such-program"):
-        label("echo asked >> asked; no-such-program")
+@pytest.mark.parametrize("command", ["no-such-program", "cat | /"])
+def test_a_command_that_can_not_be_run_ends_the_work_at_the_first_question(command):
+    with pytest.raises(UserError, match="^--assistant .*: the shell can't run it: give"):
+        label(f"echo asked >> asked; {command}")
     assert Path("asked").read_text() == "asked\n"
 
 
@@ -171,7 +162,7 @@ def test_ctrl_c_loses_no_label():
 
 def test_an_output_without_a_last_newline_loses_no_label():
     Path("out.jsonl").write_text(labelled("one").rstrip())
-    assert label(SAY) == labelled("one", "two", "three")
+    assert label(SAY) == labelled("one two three")
 
 
 # ----------------------------------------------------------------------------
@@ -181,11 +172,11 @@ def test_show_says_what_should_look_at_what_and_the_items(capsys):
     important = [("7", ["Tax: 5", "Age"])]
     Path("rows.jsonl").write_text(DEMO + to_line("Age, Tax: 5 ", "7", important))
     main("show rows.jsonl --row 2".split())
-    assert capsys.readouterr().out.splitlines()[1:] == [
-        "Age, Tax: 5 7",
-        "'7' at 12 should look at '5' at 10, in the item 'Tax: 5'",
-        "'7' at 12 should look at 'Age' at 0, in the item 'Age'",
-    ]
+    assert capsys.readouterr().out.endswith("""
+Age, Tax: 5 7
+'7' at 12 should look at '5' at 10, in the item 'Tax: 5'
+'7' at 12 should look at 'Age' at 0, in the item 'Age'
+""")
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -193,7 +184,6 @@ def test_show_says_what_should_look_at_what_and_the_items(capsys):
     ("show none.jsonl", "none.jsonl"),
     ("show demos.jsonl --row 0", "--row is 0: demos.jsonl has the rows 1 to 1"),
     ("show demos.jsonl --row 2", "--row is 2"),
-    ("generate", "required: --out"),
     ("generate --rows 0 --out game.jsonl", "0 examples are asked for"),
     ("annotate questions.jsonl --demos none.jsonl --assistant cat --out out.jsonl", "none.jsonl"),
     ("annotate questions.jsonl --demos demos.jsonl --assistant cat --out notes", "notes:1: no"),
@@ -208,8 +198,9 @@ def test_a_mistake_is_one_line_and_changes_nothing(arguments, message):
 
 
 def run_and_raise(error):
-    """Runs a program that ends with an error."""
+    """Runs a program that prints half a character and ends with an error."""
     def fail(arguments):
+        print("\ud83d")
         raise error
 
     run_main(fail, on_interrupt="it goes on")

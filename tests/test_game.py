@@ -67,15 +67,14 @@ def test_every_feature_stands_at_every_place():
 
 def test_a_question_and_the_spans_of_what_was_written():
     example, = generate(SMALL, 1)
-    numbers = numbers_in(example)
-    written = {name: f"{name}: {number}" for name, number in numbers.items()}
     text = example.input + example.target
-    assert example.input == SMALL.question.format(features=", ".join(written.values()))
+    written = re.findall(r"[A-Z][a-z ]+: \d+", text)
+    causes = [text[slice(*cause)] for _, cause in example.edges]
+    spurious = [text[slice(*span)] for span in example.spurious]
+    assert example.input == SMALL.question.format(features=", ".join(written))
     assert {text[slice(*effect)] for effect, _ in example.edges} == {example.target}
-    causes = {text[slice(*cause)] for _, cause in example.edges}
-    assert causes == {written["Smoking"], written["Weight"], written["Exercise"]}
-    spurious = {text[slice(*span)] for span in example.spurious}
-    assert spurious == set(written.values()) - causes
+    assert causes == re.findall(r"(?:Smoking|Weight|Exercise): \d+", text)
+    assert sorted(causes + spurious) == sorted(written)
 
 
 # ----------------------------------------------------------------------------
@@ -95,8 +94,6 @@ def test_another_spurious_seed_changes_spurious_numbers_only():
     others = STG.causal + STG.irrelevant
     assert numbers_of(STG.spurious, before) != numbers_of(STG.spurious, after)
     assert numbers_of(others, before) == numbers_of(others, after)
-    for one, other in zip(before, after):
-        assert list(numbers_in(one)) == list(numbers_in(other))  # the order of the features
 
 
 def test_examples_that_share_a_set_all_differ():
@@ -108,5 +105,5 @@ def test_examples_that_share_a_set_all_differ():
 @pytest.mark.parametrize("wanted, before", [(0, 0), (1001, 0), (1, 1000)])
 def test_the_game_has_1000_examples_and_no_more(wanted, before):
     seen = set(range(before))
-    with pytest.raises(UserError, match=rf"^{wanted} examples .* {before} others: .* the 1000 .*\Z"):
+    with pytest.raises(UserError, match=f"^{wanted} examples .* {before} others: .* the 1000 that"):
         generate(SMALL, wanted, seen=seen)

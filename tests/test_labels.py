@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from data import (NUMBER, STG, Feature, Game, UserError, choose_causes, find, game_line,
-                  generate, hold_out, inner_places, link, read)
+from data import (NUMBER, STG, UserError, choose_causes, find, game_line, generate, hold_out,
+                  inner_places, link, read)
 
 
 # ----------------------------------------------------------------------------
@@ -28,7 +28,6 @@ def test_a_number_is_one_whole_value(text, numbers):
     ("and", "Sandy «and» the sand"),
     ("age: 45", "mileage: 45, «age: 45»"),
     ("1", "«1» 10 1.5 15.0 -1 1/3 1e5 «1»"),
-    ("000", "1,000 «000»"),
     ("kg", "5‹kg›, 15‹kg›"),
     ("5", "PM2.‹5›"),
     ("b", "a_‹b›"),
@@ -42,9 +41,7 @@ def test_a_number_is_one_whole_value(text, numbers):
     ("(A+B) [x]*", "«(a+b) [x]*»"),
     # Vowel signs, soft hyphens and zero-width joiners belong to their word.
     ("कम", "कमी «कम»"),
-    ("म", "की‹म›"),
     ("Schiff", "‹Schiff›\u00adfahrt"),
-    ("fahrt", "Schiff\u00ad‹fahrt›"),
     ("خواهم", "نمی\u200c‹خواهم›"),
     # A script without blanks has no words to be inside of.
     ("静", "陈«静»颜色"),
@@ -67,24 +64,24 @@ def test_where_a_phrase_stands(phrase, marked):
 # Edges
 
 def edges_in(example):
-    """Each edge as "effect <- cause", with their places in the text."""
+    """The edges as "effect <- cause", with their places in the text."""
     text = example.input + example.target
     edges = []
     for effect, cause in example.edges:
         edges.append(f"{text[slice(*effect)]} {effect[0]} <- {text[slice(*cause)]} {cause[0]}")
-    return edges
+    return ", ".join(edges)
 
 
 RISK = ("Weight: 4, Smoking: 8, high risk? Answer: ", "High Risk")
 
 
 @pytest.mark.parametrize("texts, effect, cause, edges", [
-    (RISK, "high risk", "weight", ["High Risk 42 <- Weight 0"]),  # in the target first
-    (RISK, "Smoking", "Weight", ["Smoking 11 <- Weight 0"]),  # an effect in the question
-    (("5 and 5 is ", "5"), "5", "5", ["5 11 <- 5 0", "5 11 <- 5 6"]),
-    (("good? It is", "good"), "good", "is", ["good 11 <- is 9"]),  # right behind a letter
-    (("x: 3 is ", "32"), "is 32", "3", ["is 32 5 <- 3 3"]),  # an effect across the border
-    (("No: x ", "Now"), "No", "x", []),  # a whole word in the question, before its cause
+    (RISK, "high risk", "weight", "High Risk 42 <- Weight 0"),  # in the target first
+    (RISK, "Smoking", "Weight", "Smoking 11 <- Weight 0"),  # an effect in the question
+    (("5 and 5 is ", "5"), "5", "5", "5 11 <- 5 0, 5 11 <- 5 6"),
+    (("good? It is", "good"), "good", "is", "good 11 <- is 9"),  # right behind a letter
+    (("x: 3 is ", "32"), "is 32", "3", "is 32 5 <- 3 3"),  # an effect across the border
+    (("No: x ", "Now"), "No", "x", ""),  # a whole word in the question, before its cause
 ])
 def test_causes_before_their_effect_become_edges(texts, effect, cause, edges):
     example, _ = link(*texts, [(effect, [cause, cause])])
@@ -104,9 +101,9 @@ def test_a_phrase_of_no_use_is_noted(effect, cause, note):
 # ----------------------------------------------------------------------------
 # Files
 
-def write(tmp_path, *lines):
+def write(tmp_path, text):
     path = tmp_path / "rows.jsonl"
-    path.write_bytes("\n".join(lines).encode(errors="surrogateescape"))
+    path.write_bytes(text.encode(errors="surrogateescape"))
     return path
 
 
@@ -129,10 +126,10 @@ GOOD = ('{"input": "Café: 8 ", "target": "3", "important": {"3": ["Café: 8"]},
     ('["8"]', '["8"], "id": 7'),
 ])
 def test_ways_to_write_an_example(tmp_path, old, new, capsys):
-    path = write(tmp_path, GOOD.replace(old, new, 1), "")
+    path = write(tmp_path, GOOD.replace(old, new, 1) + "\n")
     example, = read(path)
-    assert edges_in(example) == ["3 8 <- Café: 8 0"]
-    assert (example.spurious, example.source) == ([(6, 7)], f"{path}:1")
+    assert edges_in(example) == "3 8 <- Café: 8 0"
+    assert example.spurious == [(6, 7)]
     assert capsys.readouterr().out == f"{path}: 1 examples, 1 of them with causes\n"
 
 
@@ -145,9 +142,9 @@ def test_ways_to_write_an_example(tmp_path, old, new, capsys):
 ])
 def test_a_malformed_label_is_left_out_and_shown_once(tmp_path, label, capsys):
     row = '{"input": "Café: 8 ", "target": "3", %s}' % label
-    path = write(tmp_path, row, row)
+    path = write(tmp_path, f"{row}\n{row}")
     for example in read(path):
-        assert edges_in(example) == ["3 8 <- Café 0"]
+        assert edges_in(example) == "3 8 <- Café 0"
     _, note = capsys.readouterr().out.splitlines()
     assert re.fullmatch(f"{path}: no label: 2, the first .*effect.* in {path}:1", note)
 
@@ -164,13 +161,13 @@ def test_a_malformed_label_is_left_out_and_shown_once(tmp_path, label, capsys):
     ('{"input": "\udcff", "target": "x"}', '"input" is .*udcff": give a text, in UTF-8'),
 ])
 def test_a_wrong_line_is_named_with_what_was_found(tmp_path, line, part):
-    path = write(tmp_path, GOOD, line, GOOD)
+    path = write(tmp_path, f"{GOOD}\n{line}\n{GOOD}")
     with pytest.raises(UserError, match=rf"^{path}:2: .*{part}.*\Z"):
         read(path)
 
 
 def test_a_file_without_examples(tmp_path):
-    path = write(tmp_path, "", "")
+    path = write(tmp_path, "\n")
     with pytest.raises(UserError, match=f"^{path}: no examples: give "):
         read(path)
 
@@ -198,7 +195,6 @@ def test_random_causes_are_as_many_other_numbers_or_all_where_there_are_fewer():
     seen = set()
     for seed in range(20):
         first, second = chosen_causes(["Smoking: 8 of 10"], "random", seed=seed)
-        assert first != second
         seen.update([first, second])
     assert seen == {"12", "5", "7"}
     assert chosen_causes(["Smoking: 8 of 10", "12", "5"], "random") == ["7"]
@@ -215,12 +211,11 @@ def test_without_spurious_phrases_they_can_not_be_the_causes():
 
 
 def test_hold_out_keeps_equal_inputs_on_one_side():
-    train, held_out = hold_out(generate(STG, 20) * 2, 0.25, seed=1)
-    trained = {example.input for example in train}
-    held = {example.input for example in held_out}
-    assert (len(trained), len(held)) == (15, 5)
-    assert not trained & held
-    assert held_out != hold_out(generate(STG, 20) * 2, 0.25, seed=2)[1]
+    examples = generate(STG, 20) * 2
+    train, held_out = hold_out(examples, 0.25, seed=1)
+    inputs = {example.input for example in held_out}
+    assert (len(train), len(held_out), len(inputs)) == (30, 10, 5)  # both copies of each input
+    assert held_out != hold_out(examples, 0.25, seed=2)[1]
 
 
 @pytest.mark.parametrize("share", [0.01, 0.99, -0.5, float("nan")])
@@ -232,17 +227,15 @@ def test_a_share_that_leaves_a_side_empty(share):
 # ----------------------------------------------------------------------------
 # The game as a file
 
-@pytest.mark.parametrize("ood", [False, True])
-def test_a_game_that_is_written_to_a_file_comes_back_with_the_same_spans(tmp_path, ood):
-    examples = generate(STG, 100, ood)
-    path = write(tmp_path, *map(game_line, examples))
+def test_a_game_that_is_written_to_a_file_comes_back_with_the_same_spans(tmp_path):
+    examples = generate(STG, 100, ood=True)
+    path = write(tmp_path, "".join(map(game_line, examples)))
     for before, after in zip(examples, read(path), strict=True):
         after.source = ""
         assert after == before
 
 
 def test_names_that_clash_are_not_written():
-    game = Game([Feature("weight", low=4, high=4)], [], [Feature("Body weight", low=4, high=4)],
-                "{features}: ", [(0.0, "x")])
+    example, _ = link("weight: 4, Body weight: 4 ", "x", [("x", ["weight: 4"])])
     with pytest.raises(UserError, match="^'weight: 4' stands in 'Body weight: 4' too: rename"):
-        game_line(generate(game, 1)[0])
+        game_line(example)

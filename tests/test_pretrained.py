@@ -2,7 +2,6 @@
 of random models, and the real tokenizer of SmolLM2."""
 import json
 import math
-import os
 import random
 import subprocess
 import sys
@@ -18,21 +17,16 @@ hf = pytest.importorskip("transformers", reason=NEEDS)
 pytest.importorskip("accelerate", reason=NEEDS)
 
 import pretrained
-from cat import attention_ratio, average_attention, re_attention_loss
-from data import STG, Example, UserError, choose_causes, game_line, generate, read
+from cat import average_attention, re_attention_loss
+from data import STG, UserError, choose_causes, game_line, generate, link, read
 from pretrained import CATTrainer, Flags, choose_edges, collate, encode, right
 
 torch.set_num_threads(1)
 
-EXAMPLE = Example(
-    input=" Smoking: 8, Room size: 5 Answer: ",
-    target="High Risk",
-    edges=[
-        ((34, 43), (1, 11)),  # "High Risk" because of "Smoking: 8"
-        ((34, 43), (13, 17)),  # and of "Room"
-        ((10, 11), (1, 8)),  # 8 because of "Smoking"
-    ],
-)
+EXAMPLE, _ = link(" Smoking: 8, Room size: 5 Answer: ", "High Risk", [
+    ("High Risk", ["Smoking: 8", "Room"]),
+    ("8", ["Smoking"]),
+])
 
 
 @pytest.fixture(autouse=True)
@@ -51,9 +45,9 @@ def tokenizer():
 
 def check_row(tokenizer):
     row = encode(EXAMPLE, tokenizer)
-    assert [tokenizer.decode([token]) for token in row["input_ids"]] == [
-        " Smoking", ":", " ", "8", ",", " Room", " size", ":", " ", "5", " Answer", ":",
-        " High", " Risk", tokenizer.eos_token]
+    texts = [tokenizer.decode([token]) for token in row["input_ids"][:-1]]
+    assert "|".join(texts) == " Smoking|:| |8|,| Room| size|:| |5| Answer|:| High| Risk"
+    assert row["input_ids"][-1] == tokenizer.eos_token_id
     assert row["labels"] == [-100] * 12 + row["input_ids"][12:]
     assert row["edges"] == [
         (2, 0),  # " " predicts 8, whose cause is Smoking
@@ -87,32 +81,25 @@ def test_causes_to_train_with(edges, causes, expected):
     assert [example.input[slice(*cause)] for _, cause in example.edges] == expected
 
 
-def test_a_batch_leaves_the_first_token_out_of_the_mask(tokenizer):
-    row = encode(EXAMPLE, tokenizer)
-    batch = collate([row], tokenizer)
-    assert batch["mask"].tolist() == [[0] + [1] * 14]
-    assert batch["adjacency"][0].nonzero().tolist() == [list(edge) for edge in row["edges"]]
-
-
 @pytest.mark.parametrize("side, real", [("right", slice(0, 15)), ("left", slice(5, 20))])
-def test_padding_moves_all_of_a_row(side, real, tokenizer):
+def test_padding_moves_all_of_a_row_and_the_mask_leaves_out_its_first_token(side, real, tokenizer):
     tokenizer.padding_side = side
     row = encode(EXAMPLE, tokenizer)
     longer = {"input_ids": [7] * 20, "labels": [7] * 20, "edges": []}
-    alone = collate([row], tokenizer)
     batch = collate([row, longer], tokenizer)
-    for name in ("input_ids", "attention_mask", "mask", "labels"):
-        assert batch[name][0, real].equal(alone[name][0])
-    assert batch["adjacency"][0, real, real].equal(alone["adjacency"][0])
-    assert batch["adjacency"].sum() == len(row["edges"])
+    assert batch["input_ids"][0, real].tolist() == row["input_ids"]
+    assert batch["labels"][0, real].tolist() == row["labels"]
+    assert batch["mask"][0, real].tolist() == [0] + [1] * 14
     assert batch["mask"][0].sum() == 14
+    edges = batch["adjacency"][0, real, real].nonzero()
+    assert edges.equal(torch.tensor(row["edges"]))
 
 
 def test_right_means_that_all_of_the_answer_is_said_next():
-    labels = torch.tensor([[-100, -100, 5, 6]] * 3)  # said at positions 1 and 2
-    said = torch.tensor([[9, 5, 6, 9], [9, 5, 7, 9], [9, 7, 6, 9]])
+    labels = torch.tensor([[-100, -100, 5, 6]] * 2)  # said at positions 1 and 2
+    said = torch.tensor([[9, 5, 6, 9], [9, 5, 7, 9]])
     logits = torch.nn.functional.one_hot(said, 10)
-    assert right(logits, labels).tolist() == [True, False, False]
+    assert right(logits, labels).tolist() == [True, False]
 
 
 # ----------------------------------------------------------------------------
@@ -155,30 +142,6 @@ def prepare(tokenizer, family="Llama", **changes):
     tokenizer.save_pretrained("model")
 
 
-def maps_and_batch(model):
-    """The batch of all examples, what a model says of it, and its last map."""
-    tokenizer = hf.AutoTokenizer.from_pretrained("model", padding_side="right")
-    examples = [choose_causes(example, "value", None) for example in read("game.jsonl")]
-    batch = collate([encode(example, tokenizer) for example in examples], tokenizer)
-    output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
-                   labels=batch["labels"], output_attentions=True)
-    return batch, output, average_attention(output.attentions[-1:])
-
-
-@pytest.mark.parametrize("family", ["Llama", "GPT2"])
-def test_the_loss_is_the_sum_of_both_losses(family, tokenizer):
-    prepare(tokenizer, family)
-    flags = Flags("model", "", "", "", upper=1, form="log", alpha=3.0, gamma=0.1, decay=2.0)
-    tokenizer, model = pretrained.load(flags)
-    trainer = CATTrainer(flags, model=model, args=hf.TrainingArguments("out", use_cpu=True))
-    trainer.state.global_step = 1
-    trainer.state.max_steps = 2
-    batch, output, attn = maps_and_batch(model.eval())
-    l_attn = re_attention_loss(attn, batch["adjacency"], 3.0, "log", batch["mask"])
-    loss = trainer.compute_loss(model.train(), dict(batch))  # without dropout all the same
-    assert loss.item() == pytest.approx((output.loss + 0.1 * math.exp(-1) * l_attn).item())
-
-
 def weights(folder):
     return hf.AutoModelForCausalLM.from_pretrained(folder).state_dict()
 
@@ -200,20 +163,18 @@ def test_accumulated_batches_make_the_step_of_one(accepts, tokenizer, monkeypatc
     assert_close(weights("parts/checkpoint-1"), weights("out/checkpoint-1"))
 
 
-def test_two_processes_make_the_step_of_one(tokenizer):
+def test_two_processes_make_the_step_of_one(tokenizer, monkeypatch):
     prepare(tokenizer)
     program()
     torchrun = ("-m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc_per_node 2 "
                 f"-m tests.pretrained {FLAGS} --per_device_train_batch_size 2 "
                 "--gradient_accumulation_steps 2 --output_dir two")
-    root = str(Path(__file__).parent.parent)
-    env = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
     if sys.platform == "linux":
-        env["GLOO_SOCKET_IFNAME"] = "lo"  # or else gloo looks up the name of the host
-    done = subprocess.run([sys.executable, *torchrun.split()], env=env, timeout=240,
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("of the answers are right") == 2  # not once a process
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")  # or else gloo looks up the host's name
+    command = [sys.executable] + torchrun.split()
+    printed = subprocess.check_output(command, text=True, timeout=240)
+    assert printed.count("of the answers are right") == 2  # not once a process
     assert_close(weights("two/checkpoint-1"), weights("out/checkpoint-1"))
 
 
@@ -223,30 +184,35 @@ def test_right_answers_are_printed_and_written(tokenizer, capsys):
     low = high.replace("High Risk", "Low Risk")
     Path("high.jsonl").write_text(high)
     Path("iid.jsonl").write_text(high + low + high + high)
-    Path("ood.jsonl").write_text(low + low + high)
-    program("--train high.jsonl --iid iid.jsonl --ood ood.jsonl --per_device_eval_batch_size 2 "
+    program("--train high.jsonl --iid iid.jsonl --ood high.jsonl --per_device_eval_batch_size 2 "
             "--max_steps 20 --optim adamw_torch --learning_rate 0.03")
     marks = json.loads(Path("out/right.json").read_text())
-    assert marks == {"iid": [True, False, True, True], "ood": [False, False, True]}
+    assert marks == {"iid": [True, False, True, True], "ood": [True]}
     printed = capsys.readouterr().out
-    assert "iid: 0.750 of the answers are right\nood: 0.333 of the" in printed
-
-
-def ratio(folder):
-    """Mean attention on a causal key over that on another, in the last layer."""
-    model = hf.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
-    batch, _, attn = maps_and_batch(model)
-    causal, other = attention_ratio(attn, batch["adjacency"], batch["mask"])
-    return (causal.mean() / other.mean()).item()
+    assert "iid: 0.750 of the answers are right\nood: 1.000 of the" in printed
 
 
 @pytest.mark.parametrize("family", [
     "Llama", "Qwen2", "Qwen3", "Gemma2", "Gemma3Text", "Mistral", "Phi3", "GPT2", "GPTNeoX",
     "Olmo2"])
-def test_training_moves_attention_to_the_causes(family, tokenizer):
+def test_the_loss_is_the_sum_of_both_losses(family, tokenizer):
     prepare(tokenizer, family)
-    program("--max_steps 10 --optim adamw_torch --learning_rate 0.03 --gamma 3")
-    assert ratio("out/checkpoint-10") > 1.5 * ratio("model")
+    flags = Flags("model", "", "", "", upper=1, form="log", alpha=3.0, gamma=0.1, decay=2.0)
+    tokenizer, model = pretrained.load(flags)
+    examples = [choose_causes(example, "value", None) for example in read("game.jsonl")]
+    batch = collate([encode(example, tokenizer) for example in examples], tokenizer)
+    model.eval()
+    output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
+                   labels=batch["labels"], output_attentions=True)
+    attn = average_attention(output.attentions[-1:])
+    l_attn = re_attention_loss(attn, batch["adjacency"], 3.0, "log", batch["mask"])
+
+    model.train()  # without dropout all the same
+    trainer = CATTrainer(flags, model=model, args=hf.TrainingArguments("out", use_cpu=True))
+    trainer.state.global_step = 1
+    trainer.state.max_steps = 2
+    loss = trainer.compute_loss(model, dict(batch))
+    assert loss.item() == pytest.approx((output.loss + 0.1 * math.exp(-1) * l_attn).item())
 
 
 # ----------------------------------------------------------------------------
@@ -266,10 +232,8 @@ def test_training_moves_attention_to_the_causes(family, tokenizer):
 def test_a_mistake_is_one_line_that_names_it(flags, message, tokenizer):
     prepare(tokenizer)
     Path("plain.jsonl").write_text('{"input": "Smoking: 8 Answer: ", "target": "High Risk"}')
-    with pytest.raises((UserError, OSError)) as error:
+    with pytest.raises((UserError, OSError), match=rf"^.*{message}.*\Z"):
         program(flags)
-    assert message in str(error.value)
-    assert "\n" not in str(error.value)
 
 
 def test_trained_layers_without_attention_are_refused(tokenizer):

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import train
 from model import GPT, GPTConfig
@@ -33,9 +32,8 @@ def test_the_loop_for_your_own_model_lowers_the_attention_loss():
     adjacency[:, 10, 5] = 1
 
     def model(input_ids, attention_mask, output_attentions):
-        logits, attentions = gpt(input_ids)
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten())
-        return SimpleNamespace(loss=loss, attentions=attentions)
+        _, attentions = gpt(input_ids)
+        return SimpleNamespace(loss=0.0, attentions=attentions)
 
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     names = {"model": model, "optimizer": torch.optim.Adam(gpt.parameters())}

@@ -40,8 +40,8 @@ def test_any_text_comes_back(text):
 
 def test_tokens_that_are_bytes_of_one_character_have_its_span():
     tokenizer = build_tokenizer(["ab: "] * 2)
-    tokens = tokenizer.encode_ordinary("ab: é🙂x")
-    expected = [(0, 2), (2, 4)] + [(4, 5)] * 2 + [(5, 6)] * 4 + [(6, 7)]
+    tokens = tokenizer.encode_ordinary("ab: éx")
+    expected = [(0, 2), (2, 4), (4, 5), (4, 5), (5, 6)]
     assert token_offsets(tokenizer, tokens) == expected
 
 
@@ -52,27 +52,29 @@ def test_the_shift_by_one_drawn():
     example, _ = link("Smoking: 8, Room: 5 Answer: ", "High Risk", [("High Risk", ["8"])])
     tokenizer = tokenizer_for(example)
     batch = collate([encode(example, tokenizer)])
-    drawn = []
+    drawn = "\n"
     for query, word in enumerate(words(tokenizer, batch.idx[0]).split()):
         marks = ["."] * 11
         for key in batch.inside[0, query].nonzero():
             marks[key] = "i"
         for key in batch.adjacency[0, query].nonzero():
             marks[key] = "A"
-        drawn.append(" ".join(marks + [word]))
-    assert drawn == [
-        "i . . . . . . . . . . Smoking",
-        "i i . . . . . . . . . :_",
-        "i i i . . . . . . . . 8",  # looks inside its own item, which is not shifted
-        ". . . . . . . . . . . ,_",
-        ". . . . . . . . . . . Room",
-        ". . . . . . . . . . . :_",
-        ". . . . . . . . . . . 5",
-        ". . . . . . . i . . . _Answer",
-        ". . A . . . . i i . . :_",  # predicts High: an edge to the cause 8
-        ". . A . . . . i i i . High",  # predicts Risk: an edge to the cause 8
-        ". . . . . . . i i i i _Risk",  # predicts the end: no edge
-    ]
+        drawn += " ".join(marks + [word]) + "\n"
+    # The last ":" predicts High and "High" predicts Risk: they have an edge (A) to the cause 8.
+    # "Risk" predicts the end. Items (i) are not shifted: the 8 looks inside its own.
+    assert drawn == """
+i . . . . . . . . . . Smoking
+i i . . . . . . . . . :_
+i i i . . . . . . . . 8
+. . . . . . . . . . . ,_
+. . . . . . . . . . . Room
+. . . . . . . . . . . :_
+. . . . . . . . . . . 5
+. . . . . . . i . . . _Answer
+. . A . . . . i i . . :_
+. . A . . . . i i i . High
+. . . . . . . i i i i _Risk
+"""
 
 
 def test_edges_with_the_offsets_of_other_tokenizers():
@@ -84,7 +86,7 @@ def test_edges_with_the_offsets_of_other_tokenizers():
         (6, 9),
         (0, 0),  # padding
     ]
-    edges = token_edges([((5, 7), (1, 5)), ((5, 6), (1, 2))], offsets)
+    edges = token_edges([((5, 7), (1, 5))], offsets)
     # The effect is on tokens 4 and 5, the cause on 1, 2, 3 and 4, which is not before the effect.
     assert edges == [(3, 1), (3, 2), (3, 3), (4, 1), (4, 2), (4, 3)]
 
@@ -152,13 +154,12 @@ def test_the_fields_of_an_encoded_example():
 def test_padding_is_nothing_to_learn_from_or_to_look_at():
     tokenizer = tokenizer_for(TWO, WITHIN)
     two, within = encode(TWO, tokenizer), encode(WITHIN, tokenizer)
-    alone = collate([within])
     batch = collate([two, within])
-    assert alone.idx.shape == (1, 8)  # as long as its own longest example
+    assert batch.idx.shape == (2, 12)  # as long as the longest example
     for name in ("idx", "targets", "answer", "causal", "spurious"):
-        assert getattr(batch, name)[1, :8].equal(getattr(alone, name)[0])
+        assert getattr(batch, name)[1, :8].equal(getattr(within, name))
     assert batch.targets[1, 8:].tolist() == [-100] * 4
     assert batch.answer.sum(dim=1).tolist() == [3, 2]
-    assert batch.adjacency.nonzero().tolist() == [
-        [0, 9, 2], [0, 9, 8], [0, 10, 2], [0, 10, 8], [1, 2, 2]]
-    assert batch.inside[1].sum() == alone.inside.sum()
+    assert batch.adjacency[0].nonzero().equal(two.edges)
+    assert batch.adjacency[1].nonzero().equal(within.edges)
+    assert batch.inside[1].sum() == collate([within]).inside.sum()
