@@ -49,8 +49,8 @@ class CATTrainer(hf.Trainer):
         attn = average_attention(attentions[-flags.upper:])  # (B, T, T)
         loss_attn = re_attention_loss(attn, adjacency, flags.alpha, flags.form, mask)
         if not loss_attn.requires_grad:
-            raise UserError("CAT has no effect, since no attention map has a gradient: train layers "
-                            'with attention, and checkpoint them with {"use_reentrant": false}')
+            raise UserError("CAT has no effect, since no attention map has a gradient: train "
+                            'layers with attention, and checkpoint with {"use_reentrant": false}')
         if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
             # Here loss_next is already a part of a mean over all accumulated batches. In other
             # models the Trainer itself divides the whole loss by their number.

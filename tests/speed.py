@@ -1,5 +1,5 @@
-"""What CAT costs: `python -m tests.speed --threads 1` times training steps on the CPU, in turns with
-CAT, without it, and of a GPT-2 of the same size with fused attention, as nanoGPT trains it."""
+"""What CAT costs: `python -m tests.speed --threads 1` times training steps on the CPU, in turns
+with CAT, without it, and of a GPT-2 of the same size with fused attention, as nanoGPT trains it."""
 import argparse
 import statistics
 import time

@@ -65,9 +65,9 @@ def random_case(mask_name):
     mask = None
     if mask_name == "padding":
         mask = torch.ones(4, 8)
-        mask[0, :3] = 0
-        sees[0, :3] = False  # padding is no query
-        sees[0, :, :3] = False  # and no key
+        mask[0, 6] = 0
+        sees[0, 6] = False  # padding is no query
+        sees[0, :, 6] = False  # and no key
     if mask_name == "window":
         mask = torch.ones(4, 8, 8).triu(-3)  # a query sees its last four keys
         sees = sees.triu(-3)
