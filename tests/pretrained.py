@@ -2,24 +2,28 @@
 In the folder of cat.py:
 
     python -m tests.pretrained --model MODEL --train FILE --iid FILE --ood FILE \
-        --learning_rate 2e-4 --num_train_epochs 4 --output_dir out/cat
+        --learning_rate 2e-4 --num_train_epochs 4 --output_dir out/hf
 
-With --gamma 0 and another folder, the same command trains without CAT. The folder gets the
-checkpoints and right.json: for each question of iid and ood, whether it is answered right. The
-flags of transformers.TrainingArguments can be given too.
+The 10 upper layers are trained and supervised (--upper). With --gamma 0 and another --output_dir,
+the same command trains them without CAT. Its folder gets the checkpoints and right.json: for each
+question of iid and ood, whether it is answered right. The flags of transformers.TrainingArguments
+that are about training can be given too.
 """
 import json
 import math
 import random
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 import transformers as hf
+from transformers.hf_argparser import HfArg
 
 from cat import FORMS, average_attention, gamma_at, re_attention_loss
-from data import CAUSES, NUMBER, UserError, choose_causes, read, run_main, token_edges
+from data import (CAUSES, NUMBER, OneLineParser, UserError, choose_causes, read, run_main,
+                  token_edges)
 
 
 # ----------------------------------------------------------------------------
@@ -28,26 +32,22 @@ from data import CAUSES, NUMBER, UserError, choose_causes, read, run_main, token
 class CATTrainer(hf.Trainer):
     """A Trainer whose loss is L = L_next + gamma * L_attn.
 
-    flags are Flags, as below, and batches are those of `collate`. The model must return attention
-    maps: load it with attn_implementation="eager".
+    args are a CATConfig, as below, and batches are those of `collate`. The model must return
+    attention maps: load it with attn_implementation="eager".
     """
 
-    def __init__(self, flags, **kwargs):
-        super().__init__(**kwargs)
-        self.flags = flags
-
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        flags = self.flags
+        args = self.args
         adjacency = inputs.pop("adjacency")  # (B, T, T)
         mask = inputs.pop("mask")  # (B, T)
-        if not model.training or flags.gamma == 0:
+        if not model.training or args.gamma == 0:  # no map is needed
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
         inputs["output_attentions"] = True
         loss_next, output = super().compute_loss(model, inputs, True, num_items_in_batch)
-        attentions = output.attentions or []  # None, if the model can't return maps
-        attn = average_attention(attentions[-flags.upper:])  # (B, T, T)
-        loss_attn = re_attention_loss(attn, adjacency, flags.alpha, flags.form, mask)
+        attentions = output.get("attentions") or []  # None, if the model can't return maps
+        attn = average_attention(attentions[-args.upper:])  # (B, T, T)
+        loss_attn = re_attention_loss(attn, adjacency, args.alpha, args.form, mask)
         if not loss_attn.requires_grad:
             raise UserError("CAT has no effect, since no attention map has a gradient: train "
                             'layers with attention, and checkpoint with {"use_reentrant": false}')
@@ -57,16 +57,16 @@ class CATTrainer(hf.Trainer):
             loss_attn = loss_attn / self.current_gradient_accumulation_steps
 
         trained = self.state.global_step / self.state.max_steps  # the share of the training done
-        loss = loss_next + gamma_at(trained, flags.gamma, flags.decay) * loss_attn
+        loss = loss_next + gamma_at(trained, args.gamma, args.decay) * loss_attn
         return (loss, output) if return_outputs else loss
 
 
 # ----------------------------------------------------------------------------
 # Data: an Example becomes a row of tokens, and rows become a batch
 
-def choose_edges(example, flags, rng):
+def choose_edges(example, args, rng):
     """The example with those edges that --edges and --causes choose to train with."""
-    if flags.edges == "answer-numbers":
+    if args.edges == "answer-numbers":
         text = example.input + example.target
         kept = []
         for effect, cause in example.edges:
@@ -74,7 +74,7 @@ def choose_edges(example, flags, rng):
             if in_answer and NUMBER.search(text, *cause):
                 kept.append((effect, cause))
         example = replace(example, edges=kept)
-    return choose_causes(example, flags.causes, rng)
+    return choose_causes(example, args.causes, rng)
 
 
 def encode(example, tokenizer):
@@ -102,7 +102,7 @@ def collate(rows, tokenizer):
     batch["adjacency"] = torch.zeros(B, T, T, dtype=torch.bool)
     for b, row in enumerate(rows):
         position = batch["attention_mask"][b].nonzero()[:, 0]  # where each token of the row is
-        # The first token draws attention whatever it holds, so it is compared with nothing.
+        # The first token draws attention whatever it holds, so it is no key, not even as a cause.
         batch["mask"][b, position[0]] = 0
         for query, key in row["edges"]:
             batch["adjacency"][b, position[query], position[key]] = True
@@ -120,72 +120,73 @@ def right(logits, labels):
 # ----------------------------------------------------------------------------
 # The program
 
-@dataclass
-class Flags:
-    model: str = field(metadata={"help": "a folder, or a name on the hub"})
-    train: str = field(metadata={"help": "a JSON Lines file to train on"})
-    iid: str = field(metadata={"help": "one to test on, in distribution"})
-    ood: str = field(metadata={"help": "one to test on, out of distribution"})
-    causes: str = field(default="value", metadata={"help": "as in train.py", "choices": CAUSES})
-    edges: str = field(default="all", metadata={
-        "help": "all edges, or those from the answer to causes with a number",
-        "choices": ("all", "answer-numbers")})
-    upper: int = field(default=10, metadata={"help": "upper layers to train and supervise"})
-    form: str = field(default="each", metadata={"help": "form of L_attn", "choices": FORMS})
-    alpha: float = field(default=100.0, metadata={"help": "ratio of attention to reach"})
-    gamma: float = field(default=0.3, metadata={"help": "weight of L_attn at the start"})
-    decay: float = field(default=0.0, metadata={"help": "the weight ends at gamma * exp(-decay)"})
+@dataclass(kw_only=True)
+class CATConfig(hf.TrainingArguments):
+    model: str = HfArg(help="a folder, or a name on the hub")
+    train: str = HfArg(help="a JSON Lines file to train on")
+    iid: str = HfArg(help="one to test on, in distribution")
+    ood: str = HfArg(help="one to test on, out of distribution")
+    causes: Literal[CAUSES] = HfArg(
+        default="value", help="the numbers of each cause, whole spans, or a control")
+    edges: Literal["all", "answer-numbers"] = HfArg(
+        default="all", help="all edges, or those from the answer to causes with a number")
+    upper: int = HfArg(default=10, help="upper layers to train and supervise")
+    form: Literal[FORMS] = HfArg(default="each", help="form of L_attn")
+    alpha: float = HfArg(default=100.0, help="ratio of attention to reach")
+    gamma: float = HfArg(default=0.3, help="weight of L_attn at the start")
+    decay: float = HfArg(default=0.0, help="the weight ends at gamma * exp(-decay)")
 
     def __post_init__(self):
+        super().__post_init__()
+        self.remove_unused_columns = False  # the Trainer would remove the edges
         if self.upper < 1 or not 0 < self.alpha < math.inf:
             raise ValueError(f"--upper {self.upper} --alpha {self.alpha}: give numbers over 0")
         gamma_at(0.0, self.gamma, self.decay)  # says what is wrong with the two
 
 
-class OneLineHfParser(hf.HfArgumentParser):
-    def error(self, message):
-        raise UserError(message)
+class OneLineHfParser(OneLineParser, hf.HfArgumentParser):
+    """The flags of a dataclass, with errors of one line."""
 
 
-def load(flags):
+def load(args):
     """The tokenizer, and the model, of which only the upper layers will be trained."""
     try:
         # Maps come back after dropout, which would hide causes at random.
-        config = hf.AutoConfig.from_pretrained(flags.model, attention_dropout=0.0, attn_pdrop=0.0)
-        tokenizer = hf.AutoTokenizer.from_pretrained(flags.model, padding_side="right")
+        config = hf.AutoConfig.from_pretrained(args.model, attention_dropout=0.0, attn_pdrop=0.0)
+        tokenizer = hf.AutoTokenizer.from_pretrained(args.model, padding_side="right")
         model = hf.AutoModelForCausalLM.from_pretrained(
-            flags.model, config=config, dtype=torch.float32, attn_implementation="eager")
+            args.model, config=config, dtype=torch.float32, attn_implementation="eager")
     except (OSError, ValueError) as error:
-        raise UserError(f"--model {flags.model}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"--model {args.model}: {str(error).splitlines()[0]}") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.requires_grad_(False)
-    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-    lists[0][-flags.upper:].requires_grad_(True)  # the first list is that of the layers
+    # The first list of modules in a model is that of its layers.
+    layers = next(part for part in model.modules() if isinstance(part, torch.nn.ModuleList))
+    layers[-args.upper:].requires_grad_(True)
     return tokenizer, model
 
 
 def main(argv):
-    parser = OneLineHfParser([hf.TrainingArguments, Flags])
+    parser = OneLineHfParser(CATConfig)
     try:
-        args, flags = parser.parse_args_into_dataclasses(argv)
+        args, = parser.parse_args_into_dataclasses(argv)
     except ValueError as error:  # what the dataclasses say of the values
         raise UserError(error) from None
-    args.remove_unused_columns = False  # the Trainer would remove the edges
 
     rng = random.Random(args.seed)
-    train = [choose_edges(example, flags, rng) for example in read(flags.train)]
-    if flags.gamma > 0 and not any(example.edges for example in train):
-        raise UserError(f"{flags.train}: no example has a cause to look at: label some, or "
+    train = [choose_edges(example, args, rng) for example in read(args.train)]
+    if args.gamma > 0 and not any(example.edges for example in train):
+        raise UserError(f"{args.train}: no example has a cause to look at: label some, or "
                         "choose others with --causes and --edges")
-    tests = {"iid": read(flags.iid), "ood": read(flags.ood)}
+    tests = {"iid": read(args.iid), "ood": read(args.ood)}
 
-    tokenizer, model = load(flags)
+    tokenizer, model = load(args)
     trainer = CATTrainer(
-        flags, model=model, args=args,
+        model=model, args=args,
         train_dataset=[encode(example, tokenizer) for example in train],
         data_collator=partial(collate, tokenizer=tokenizer),
-        preprocess_logits_for_metrics=right,  # predictions are its marks
+        preprocess_logits_for_metrics=right,  # so predictions are (B,) bool, not logits
         processing_class=tokenizer)  # is saved with the model
     trainer.train(args.resume_from_checkpoint)
 

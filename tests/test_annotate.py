@@ -35,7 +35,7 @@ def test_one_json_value_that_ends_the_reply_is_the_label(reply):
     ("Thinking...\n", "\n...done thinking.\n\n"),
 ])
 def test_a_draft_is_no_label(start, end):
-    assert parse_reply(f"{start}{OTHER} or {{{end}{LABEL}") == [("High", ["8"])]
+    assert parse_reply(start + OTHER + " or {" + end + LABEL) == [("High", ["8"])]
     with pytest.raises(ValueError, match="no JSON"):
         parse_reply(f"{start}{LABEL}{end}I can't say.")
     with pytest.raises(ValueError, match="a draft that does not end"):
@@ -118,13 +118,16 @@ def test_usable_replies_become_labels(capsys):
 
 
 def test_the_prompt_ends_with_the_demonstrations_and_the_bare_question():
-    text = "$(touch hacked) `touch hacked`; 'é' \u2028 \\"
-    Path("questions.jsonl").write_text(to_line(text, "x", [("x", ["é"])], ["hacked"]))
-    # The spurious phrases stay, and the assistant's causes replace the old ones.
-    reply = """cat > prompt; echo '{"x": ["touch"]}'"""
-    assert label(reply) == to_line(text, "x", [("x", ["touch"])], ["hacked"])
+    text = "$(touch hacked) `touch hacked`; 'é' \u2028 \\"  # which no shell may run
+    Path("questions.jsonl").write_text(to_line(text, "x", [("x", ["é"])]))
+    label("cat > prompt")
     assert Path("prompt").read_text().endswith("\n\n" + DEMO + to_line(text, "x"))
     assert not Path("hacked").exists()
+
+
+def test_new_causes_replace_the_old_ones_and_spurious_phrases_stay():
+    Path("questions.jsonl").write_text(to_line(TEXT, "High Risk", [("High Risk", ["5"])], ["Room"]))
+    assert label(SAY) == to_line(TEXT, "High Risk", IMPORTANT, ["Room"])
 
 
 @pytest.mark.parametrize("reply, message", [
@@ -141,12 +144,12 @@ def test_an_unusable_reply_is_counted_and_not_saved(capsys, reply, message):
 
 
 def test_only_what_has_no_label_is_asked_again():
-    assert label(f"tail -n 1 | grep -q two && {SAY}") == labelled("two")
+    assert label(f"tail -n 1 | grep -q two && {SAY}") == labelled("two")  # fails for the others
     assert label(f"echo asked >> asked; {SAY}") == labelled("two one three")
     assert Path("asked").read_text() == "asked\n" * 2
 
 
-@pytest.mark.parametrize("command", ["no-such-program", "cat | /"])
+@pytest.mark.parametrize("command", ["no-such-program", "cat | /"])  # codes 127 and 126
 def test_a_command_that_can_not_be_run_ends_the_work_at_the_first_question(command):
     with pytest.raises(UserError, match="^--assistant .*: the shell can't run it: give"):
         label(f"echo asked >> asked; {command}")
@@ -200,7 +203,7 @@ def test_a_mistake_is_one_line_and_changes_nothing(arguments, message):
 def run_and_raise(error):
     """Runs a program that prints half a character and ends with an error."""
     def fail(arguments):
-        print("\ud83d")
+        print("\ud83d")  # half a character, which no terminal shows, must not hide the error
         raise error
 
     run_main(fail, on_interrupt="it goes on")
@@ -215,7 +218,9 @@ def test_a_mistake_of_the_user_ends_the_program_with_one_line(error, line, capsy
     with pytest.raises(SystemExit) as end:
         run_and_raise(error)
     assert end.value.code == 2
-    assert capsys.readouterr().err.endswith(line)
+    printed = capsys.readouterr().err
+    assert printed.endswith(line)
+    assert printed.count("\n") == 1
 
 
 def test_a_mistake_in_the_code_ends_in_its_traceback():

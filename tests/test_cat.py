@@ -1,5 +1,5 @@
-"""Tests of cat.py: an example by hand, the definition of the loss in plain loops, its gradients,
-and the attention that must not count."""
+"""Tests of cat.py: the loss by hand, by its definition and by its gradients, the attention that
+counts, the averages, gamma, and errors."""
 import math
 
 import pytest
@@ -29,7 +29,7 @@ def example():
     ("log", 20, math.log(20 / 4)),
     ("each", 20, (math.log(20 / 6) + math.log(20 / 2)) / 2),
     ("uniform", None, -(math.log(2 * 0.6) + math.log(2 * 0.2)) / 2),
-    # A mean is content with key 1, whose ratio is 6. Only "each" goes on to ask for key 2.
+    # A mean is content: the ratio is 4. "each" still asks for key 2, whose own ratio is 2.
     ("log", 3.9, 0),
     ("each", 3.9, math.log(3.9 / 2) / 2),
 ])
@@ -82,7 +82,7 @@ def penalty_of_query(on_causal, on_other, form):
     if form == "uniform":
         return -torch.log(len(on_causal) * on_causal).mean()
     if form == "each":
-        return torch.log(ALPHA * other / on_causal).relu().mean()
+        return (math.log(ALPHA) - torch.log(on_causal / other)).relu().mean()
     if ratio >= ALPHA:
         return 0
     if form == "hinge":
@@ -207,7 +207,7 @@ HALF = MAP.half().requires_grad_()
     (average_attention, ([HEADS, HEADS[:1]],), "attn is (1, 3, 4, 4)"),
     (gamma_at, (0, -0.1, 1), "gamma is -0.1"),
 ])
-def test_errors_name_the_value_in_one_line(function, arguments, part):
+def test_errors_are_one_line_and_say_what_is_wrong(function, arguments, part):
     with pytest.raises(ValueError) as error:
         function(*arguments)
     assert part in str(error.value)

@@ -1,4 +1,5 @@
-"""The Spurious Token Game: its rule, its copies that end out of distribution, and its spans."""
+"""The Spurious Token Game: its rule, its copies that end out of distribution, its spans, and the
+seeds that tell its examples apart."""
 import re
 from dataclasses import replace
 
@@ -65,7 +66,7 @@ def test_every_feature_stands_at_every_place():
     assert len(places) == 8 * 8
 
 
-def test_a_question_and_the_spans_of_what_was_written():
+def test_the_text_and_the_spans_of_a_question():
     example, = generate(SMALL, 1)
     text = example.input + example.target
     written = re.findall(r"[A-Z][a-z ]+: \d+", text)
@@ -74,7 +75,7 @@ def test_a_question_and_the_spans_of_what_was_written():
     assert example.input == SMALL.question.format(features=", ".join(written))
     assert {text[slice(*effect)] for effect, _ in example.edges} == {example.target}
     assert causes == re.findall(r"(?:Smoking|Weight|Exercise): \d+", text)
-    assert sorted(causes + spurious) == sorted(written)
+    assert sorted(causes + spurious) == sorted(written)  # nothing in it is irrelevant
 
 
 # ----------------------------------------------------------------------------
@@ -103,7 +104,7 @@ def test_examples_that_share_a_set_all_differ():
 
 
 @pytest.mark.parametrize("wanted, before", [(0, 0), (1001, 0), (1, 1000)])
-def test_the_game_has_1000_examples_and_no_more(wanted, before):
+def test_none_or_more_than_the_1000_examples_are_refused(wanted, before):
     seen = set(range(before))
     with pytest.raises(UserError, match=f"^{wanted} examples .* {before} others: .* the 1000 that"):
         generate(SMALL, wanted, seen=seen)

@@ -1,4 +1,5 @@
-"""Labelled text: which places a phrase stands at, which edges follow, and what a file may hold."""
+"""Labelled text: which places a phrase stands at, which edges follow, what a file may hold, which
+causes and examples are trained on, and the game as a file."""
 import random
 import re
 
@@ -23,8 +24,8 @@ def test_a_number_is_one_whole_value(text, numbers):
     assert NUMBER.findall(text) == numbers.split()
 
 
-@pytest.mark.parametrize("phrase, marked", [
-    # Whole words and numbers come first, then places inside words.
+@pytest.mark.parametrize("phrase, marked", [  # «whole words and numbers», ‹inside a word›
+    # Places inside words count only where there are no others.
     ("and", "Sandy «and» the sand"),
     ("age: 45", "mileage: 45, «age: 45»"),
     ("1", "«1» 10 1.5 15.0 -1 1/3 1e5 «1»"),
@@ -81,10 +82,10 @@ RISK = ("Weight: 4, Smoking: 8, high risk? Answer: ", "High Risk")
     (("5 and 5 is ", "5"), "5", "5", "5 11 <- 5 0, 5 11 <- 5 6"),
     (("good? It is", "good"), "good", "is", "good 11 <- is 9"),  # right behind a letter
     (("x: 3 is ", "32"), "is 32", "3", "is 32 5 <- 3 3"),  # an effect across the border
-    (("No: x ", "Now"), "No", "x", ""),  # a whole word in the question, before its cause
+    (("No: x ", "Now"), "No", "x", ""),  # "No" is whole in the question only, before x
 ])
 def test_causes_before_their_effect_become_edges(texts, effect, cause, edges):
-    example, _ = link(*texts, [(effect, [cause, cause])])
+    example, _ = link(*texts, [(effect, [cause, cause])])  # named twice, it is one edge
     assert edges_in(example) == edges
 
 
@@ -145,6 +146,7 @@ def test_a_malformed_label_is_left_out_and_shown_once(tmp_path, label, capsys):
     path = write(tmp_path, f"{row}\n{row}")
     for example in read(path):
         assert edges_in(example) == "3 8 <- Café 0"
+    # Each wrong part holds the word "effect".
     _, note = capsys.readouterr().out.splitlines()
     assert re.fullmatch(f"{path}: no label: 2, the first .*effect.* in {path}:1", note)
 

@@ -1,4 +1,4 @@
-"""Tests of model.py: what a token sees, how attention is scored, and greedy generation."""
+"""Tests of model.py: its maps, positions, layers, first weights, and greedy generation."""
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ def model():
 IDX = torch.randint(11, (1, 12), generator=torch.Generator().manual_seed(1))
 
 
-# What a token sees
+# Maps
 
 def test_a_map_has_rows_that_sum_to_one_and_exact_zeros_above_the_diagonal(model):
     _, attentions = model(IDX[:, :9])
@@ -53,9 +53,9 @@ def test_a_score_depends_on_the_distance_only():
 def test_the_model_is_a_gpt_with_normed_and_rotated_queries_and_keys(model):
     x = model.wte(IDX)
     for block in model.blocks:
-        torch.nn.init.normal_(block.ln_1.bias)  # or both norms would do the same
+        torch.nn.init.normal_(block.ln_1.bias)  # so that ln_1 and ln_2 differ
         heads = block.attn.c_attn(block.ln_1(x)).view(1, 12, 6, 4).transpose(1, 2)
-        q, k, v = heads.split(2, dim=1)  # two heads each
+        q, k, v = heads.split(2, dim=1)  # of two heads each
         # A mean square of 1 makes a length of 2 with four channels.
         q = rotate(2 * F.normalize(q, dim=-1), model.cos, model.sin)
         k = rotate(2 * F.normalize(k, dim=-1), model.cos, model.sin)
@@ -99,7 +99,7 @@ def test_generate_takes_the_likeliest_token_each_time_until_the_stop_token(model
     idx = IDX[:, :5]
     new = model.generate(idx, 4)
     assert len(new) == 4
-    assert model.generate(idx, 4, stop=new[1]) == new[:1]
+    assert model.generate(idx, 4, stop=new[1]) == new[:1]  # the first two differ
     for token in new:
         logits, _ = model(idx)
         assert token == logits[0, -1].argmax()

@@ -1,8 +1,9 @@
-"""tests/pretrained.py: its rows and batches by hand, its step against the definition, ten families
-of random models, and the real tokenizer of SmolLM2."""
+"""tests/pretrained.py: its rows and batches, its training in parts and in two processes, its loss on
+ten families of random models, and a user's mistakes."""
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -19,7 +20,7 @@ pytest.importorskip("accelerate", reason=NEEDS)
 import pretrained
 from cat import average_attention, re_attention_loss
 from data import STG, UserError, choose_causes, game_line, generate, link, read
-from pretrained import CATTrainer, Flags, choose_edges, collate, encode, right
+from pretrained import CATConfig, CATTrainer, choose_edges, collate, encode, right
 
 torch.set_num_threads(1)
 
@@ -76,8 +77,8 @@ def test_a_row_with_the_tokenizer_of_smollm2():
     ("answer-numbers", "random", ["5"]),  # the only number that is no cause
 ])
 def test_causes_to_train_with(edges, causes, expected):
-    flags = Flags("", "", "", "", edges=edges, causes=causes)
-    example = choose_edges(EXAMPLE, flags, random.Random(0))
+    args = CATConfig(model="", train="", iid="", ood="", edges=edges, causes=causes)
+    example = choose_edges(EXAMPLE, args, random.Random(0))
     assert [example.input[slice(*cause)] for _, cause in example.edges] == expected
 
 
@@ -111,7 +112,7 @@ FLAGS = ("--model model --train game.jsonl --iid game.jsonl --ood game.jsonl --o
 
 
 def program(flags=""):
-    """Runs it for a step on all examples, or as flags say, which may set the same ones again."""
+    """Runs it for a step on all eight examples, or as flags say, which may set the same again."""
     pretrained.main((FLAGS + flags).split())
 
 
@@ -132,7 +133,7 @@ def prepare(tokenizer, family="Llama", **changes):
         "pad_token_id": 0,
         "initializer_range": 0.3,  # at the usual 0.02, attention is all but uniform
         "attention_dropout": 0.5,  # this the program itself switches off
-        "resid_pdrop": 0.0,  # these are of GPT-2
+        "resid_pdrop": 0.0,  # these are of GPT-2, and the program leaves them
         "embd_pdrop": 0.0,
     }
     torch.manual_seed(0)
@@ -151,7 +152,7 @@ def test_only_the_upper_layers_are_trained(tokenizer):
     program()
     after = weights("out/checkpoint-1")
     for name, weight in weights("model").items():
-        assert weight.equal(after[name]) == (".1." not in name)
+        assert weight.equal(after[name]) == (".1." not in name)  # the upper of two layers
 
 
 @pytest.mark.parametrize("accepts", [True, False])  # whether a model takes num_items_in_batch
@@ -180,7 +181,7 @@ def test_two_processes_make_the_step_of_one(tokenizer, monkeypatch):
 
 def test_right_answers_are_printed_and_written(tokenizer, capsys):
     prepare(tokenizer)
-    high = game_line(generate(STG, 1)[0])
+    high = game_line(generate(STG, 1)[0])  # its answer is High Risk
     low = high.replace("High Risk", "Low Risk")
     Path("high.jsonl").write_text(high)
     Path("iid.jsonl").write_text(high + low + high + high)
@@ -192,27 +193,49 @@ def test_right_answers_are_printed_and_written(tokenizer, capsys):
     assert "iid: 0.750 of the answers are right\nood: 1.000 of the" in printed
 
 
+def batch_of_all(tokenizer):
+    examples = [choose_causes(example, "value", None) for example in read("game.jsonl")]
+    return collate([encode(example, tokenizer) for example in examples], tokenizer)
+
+
 @pytest.mark.parametrize("family", [
     "Llama", "Qwen2", "Qwen3", "Gemma2", "Gemma3Text", "Mistral", "Phi3", "GPT2", "GPTNeoX",
     "Olmo2"])
 def test_the_loss_is_the_sum_of_both_losses(family, tokenizer):
     prepare(tokenizer, family)
-    flags = Flags("model", "", "", "", upper=1, form="log", alpha=3.0, gamma=0.1, decay=2.0)
-    tokenizer, model = pretrained.load(flags)
-    examples = [choose_causes(example, "value", None) for example in read("game.jsonl")]
-    batch = collate([encode(example, tokenizer) for example in examples], tokenizer)
+    args = CATConfig(model="model", train="", iid="", ood="", upper=1, form="log", alpha=3.0,
+                     gamma=0.1, decay=2.0, use_cpu=True)
+    tokenizer, model = pretrained.load(args)
+    batch = batch_of_all(tokenizer)
     model.eval()
     output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
                    labels=batch["labels"], output_attentions=True)
     attn = average_attention(output.attentions[-1:])
     l_attn = re_attention_loss(attn, batch["adjacency"], 3.0, "log", batch["mask"])
 
-    model.train()  # without dropout all the same
-    trainer = CATTrainer(flags, model=model, args=hf.TrainingArguments("out", use_cpu=True))
+    model.train()  # load has switched dropout off
+    trainer = CATTrainer(model=model, args=args)
     trainer.state.global_step = 1
     trainer.state.max_steps = 2
     loss = trainer.compute_loss(model, dict(batch))
     assert loss.item() == pytest.approx((output.loss + 0.1 * math.exp(-1) * l_attn).item())
+
+
+def test_the_trainer_of_the_readme_has_the_same_loss(tokenizer):
+    prepare(tokenizer)
+    args = CATConfig(model="model", train="", iid="", ood="", use_cpu=True)
+    tokenizer, model = pretrained.load(args)
+    trainer = CATTrainer(model=model, args=args)
+    trainer.state.max_steps = 1
+    loss = trainer.compute_loss(model.train(), dict(batch_of_all(tokenizer)))
+
+    readme = Path(__file__).parent.parent / "README.md"
+    code, = re.findall(r"```python\n(class CATTrainer.*?)```", readme.read_text("utf-8"), re.DOTALL)
+    names = {"transformers": hf, "average_attention": average_attention,
+             "re_attention_loss": re_attention_loss}
+    exec(code, names)
+    trainer = names["CATTrainer"](model=model, args=args)
+    assert trainer.compute_loss(model, dict(batch_of_all(tokenizer))) == loss
 
 
 # ----------------------------------------------------------------------------
@@ -240,3 +263,9 @@ def test_trained_layers_without_attention_are_refused(tokenizer):
     prepare(tokenizer, "Lfm2", layer_types=["full_attention", "conv"])
     with pytest.raises(UserError, match="no effect"):
         program()
+
+
+def test_with_gamma_0_no_example_needs_a_cause(tokenizer):
+    prepare(tokenizer)
+    Path("plain.jsonl").write_text('{"input": "Smoking: 8 Answer: ", "target": "High Risk"}')
+    program("--gamma 0 --train plain.jsonl")

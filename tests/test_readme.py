@@ -1,4 +1,4 @@
-"""The Python code of the README, as it stands there. Its commands are run by .ci/run."""
+"""The README's Python code that runs alone. Its commands of train.py and data.py: see .ci/run."""
 import re
 from pathlib import Path
 from types import SimpleNamespace

@@ -144,6 +144,7 @@ def test_other_tensors_are_no_checkpoint(capsys):
 
 @pytest.mark.parametrize("question, message", [
     (" \n", "the question is empty"),
+    # A blank is added, and then no place is left for the answer.
     ("x" * 2047, "the question has 2048 tokens, and the model takes 2048"),
 ], ids=["blank", "long"])
 def test_a_question_that_can_not_be_answered_is_an_error(question, message, capsys):
@@ -154,7 +155,7 @@ def test_a_question_that_can_not_be_answered_is_an_error(question, message, caps
 # ----------------------------------------------------------------------------
 # Going on, and starting anew
 
-# Before the first checkpoint, at the end of the first run, and in the second.
+# After lines 1 (nothing is saved yet), 10 (the last of no-cat) and 14 (inside cat).
 @pytest.mark.parametrize("nth", [1, 10, 14])
 def test_a_run_that_goes_on_ends_as_the_unbroken_one(nth, monkeypatch):
     unbroken = left_behind()
@@ -177,7 +178,7 @@ def test_a_run_that_goes_on_ends_as_the_unbroken_one(nth, monkeypatch):
 
 def test_the_same_command_starts_anew_and_writes_the_same(capsys):
     before = left_behind()
-    Path("out/cat.pt").write_bytes(b"of another program")
+    Path("out/cat.pt").write_bytes(b"of another program")  # has not the name of a run
     run()
     assert capsys.readouterr().out.count("/10: ") == 20
     assert left_behind() == before
@@ -246,6 +247,7 @@ def test_a_picture_is_of_a_question_that_the_runs_answer_differently():
 
 
 @pytest.mark.parametrize("piece", [
+    # The shade is full, 1.00, from an attention of 0.5 on, so 0.2 gives 0.40.
     'fill-opacity="0.40"/>\n.* font-weight="bold">2<',
     'fill-opacity="0.20"/>\n.* font-style="italic" text-decoration="underline">5<',
     'fill-opacity="0.00"/>\n.*preserve" >56<',
@@ -274,6 +276,7 @@ def test_a_curve_is_the_mean_over_seeds_and_stands_on_the_axes():
     for step, accuracy in [(20, 0.5), (20, 1.0), (10, 0.0)]:  # step 20 of two seeds
         metrics.append({"run": "cat", "steps": 20, "step": step, "acc_ood": accuracy})
     picture = train.curves_svg(metrics)
+    # The axes: x from 70 (step 0) to 560 (step 20), y from 320 (accuracy 0) up to 20 (1).
     assert 'points="315.0,320.0 560.0,95.0"' in picture  # 0 after 10 steps, 0.75 after 20
 
 
@@ -292,4 +295,8 @@ def test_bad_data_is_one_line_and_changes_nothing(flags, message):
     with pytest.raises((UserError, OSError), match=rf"^.*{message}.*\Z"):
         run(f"--out new {flags}")
     assert not Path("new").exists()
-    run("--out new --train plain.jsonl --runs no-cat")  # needs no causes
+
+
+def test_without_cat_no_example_needs_a_cause():
+    Path("plain.jsonl").write_text(to_line("Room: 1 Answer: ", "Low"))
+    run("--out new --train plain.jsonl --runs no-cat")

@@ -19,8 +19,9 @@ def words(tokenizer, tokens):
 # ----------------------------------------------------------------------------
 # The tokenizer
 
-def test_numbers_that_occur_are_tokens_and_words_that_occur_twice():
+def test_tokens_are_numbers_that_occur_and_other_pieces_that_occur_twice():
     tokenizer = build_tokenizer(["Yellow fingers: 12, ", "Yellow fingers: 345", "once 6789"])
+    # 6789 is cut into 678 and 9, which is a byte anyway; "once" and ", " occur once.
     longer = [piece.decode() for piece in pieces_of(tokenizer)[256:]]
     assert sorted(longer) == [" fingers", "12", "345", "678", ": ", "Yellow"]
 
@@ -30,7 +31,7 @@ def test_numbers_that_occur_are_tokens_and_words_that_occur_twice():
     "陈静, Søren 🙂🙂 e\u0301 \u200b\x1c٣",
     f"{END} is a text too",
 ])
-def test_any_text_comes_back(text):
+def test_any_text_comes_back_and_is_cut_alike_by_a_tokenizer_of_the_same_pieces(text):
     tokenizer = build_tokenizer(["Smoking: 8, Room: 5"] * 2)
     tokens = tokenizer.encode_ordinary(text)
     assert tokenizer.decode(tokens) == text
@@ -48,7 +49,7 @@ def test_tokens_that_are_bytes_of_one_character_have_its_span():
 # ----------------------------------------------------------------------------
 # The shift by one
 
-def test_the_shift_by_one_drawn():
+def test_edges_are_shifted_by_one_and_items_are_not():
     example, _ = link("Smoking: 8, Room: 5 Answer: ", "High Risk", [("High Risk", ["8"])])
     tokenizer = tokenizer_for(example)
     batch = collate([encode(example, tokenizer)])
@@ -118,17 +119,18 @@ def first_of_items(input, target, causes):
 
 
 def test_a_number_does_not_go_on_into_the_answer():
+    # a|: |3|2| b. The answer's item starts at the query that predicts it, 3, which is in "a: 3".
     assert first_of_items("a: 3", "2 b", ["3"]) == [0, 0, 0, 2, 2]
 
 
 def test_a_token_of_two_items_belongs_to_the_earlier():
     first = first_of_items("a, b, c, d, ", "x", ["c, d", "b, c", "a, b"])
-    assert first[:7] == [0, 0, 0, 2, 2, 4, 4]  # a, b, c, d
+    assert first[:7] == [0, 0, 0, 2, 2, 4, 4]  # of a|, |b|, |c|, |d
 
 
 def test_the_query_that_predicts_the_answer_is_in_its_item_behind_a_question_mark_too():
     first = first_of_items("Is it 8?", "yes", ["8"])
-    assert first[-2:] == [4, 4]
+    assert first[-2:] == [4, 4]  # of Is| it| |8|?|yes
 
 
 # ----------------------------------------------------------------------------

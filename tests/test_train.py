@@ -1,4 +1,5 @@
-"""train.py: its flags, the data of a run, the two losses, a step, what a run learns, the table."""
+"""train.py: its flags, the data of a run, the two losses, a training, the scores, what a run
+learns, and the table."""
 import math
 import re
 from types import SimpleNamespace
@@ -60,7 +61,7 @@ def own_folder(tmp_path, monkeypatch):
     "--threads 99999999999", "--seed 99999999999999999999", "--device meta", "--device cpu:3",
     "--lr 0.0", "--lr nan", "--alpha inf", "--gamma -0.1", "--gamma inf", "--decay nan",
 ])
-def test_a_bad_number_is_named(flags):
+def test_a_bad_value_is_named(flags):
     name, value = flags.split()
     with pytest.raises(UserError, match=rf"^{name} is {value}: give .*\Z"):
         parse(flags)
@@ -108,7 +109,6 @@ def test_a_run_on_files_watches_training_examples_only():
     files = {"train": generate(TINY, 2), "iid": generate(TINY, 3), "ood": generate(TINY, 4)}
     data = load(files=files)
     assert data.watched.keys() == {"train"}
-    assert data.prompt_end == " "  # the blanks that most questions end with
     assert len(data.watched["train"]) == 2
     assert len(data.tested["iid"]) == 3
     assert len(data.tested["ood"]) == 4
@@ -207,7 +207,7 @@ def test_scores_by_hand():
 
 
 def test_attention_shares_are_a_mean_over_examples_with_causes():
-    _, second, third = torch.eye(3).bool()
+    _, second, third = torch.eye(3).bool()  # which of three tokens
     with_causes = SimpleNamespace(causal=second, spurious=third)
     without = SimpleNamespace(causal=second & third, spurious=third)
     attn = torch.tensor([[0.6, 0.3, 0.1], [0.4, 0.5, 0.1], [1.0, 1.0, 1.0]])
@@ -223,11 +223,11 @@ def test_attention_shares_are_a_mean_over_examples_with_causes():
 def test_with_cat_the_game_is_learned_out_of_distribution_too():
     scores = scores_of("cat")
     assert min(scores["acc_iid"], scores["acc_ood"]) > 0.9
-    assert scores["changed"] < 0.1
+    assert scores["changed"] < 0.1  # of the OOD answers, when only spurious numbers change
     assert scores["attn_causal"] > 0.7
 
 
-def test_without_cat_it_is_learned_in_distribution_only():
+def test_without_cat_the_game_is_learned_in_distribution_only():
     scores = scores_of("no-cat")
     assert scores["acc_iid"] > 0.9 > scores["acc_ood"]
     assert scores["changed"] > 0.1
