@@ -157,6 +157,7 @@ def test_padding_is_nothing_to_learn_from_or_to_look_at():
     tokenizer = tokenizer_for(TWO, WITHIN)
     two, within = encode(TWO, tokenizer), encode(WITHIN, tokenizer)
     batch = collate([two, within])
+    assert not batch.causal[1].any()  # its cause is not one of the answer
     assert batch.idx.shape == (2, 12)  # as long as the longest example
     for name in ("idx", "targets", "answer", "causal", "spurious"):
         assert getattr(batch, name)[1, :8].equal(getattr(within, name))
