@@ -173,8 +173,8 @@ def test_an_output_without_a_last_newline_loses_no_label():
 
 def test_show_says_what_should_look_at_what_and_the_items(capsys):
     important = [("7", ["Tax: 5", "Age"])]
-    Path("rows.jsonl").write_text(DEMO + to_line("Age, Tax: 5 ", "7", important))
-    main("show rows.jsonl --row 2".split())
+    Path("rows.jsonl").write_text(to_line("Age, Tax: 5 ", "7", important) + DEMO)
+    main("show rows.jsonl".split())
     assert capsys.readouterr().out.endswith("""
 Age, Tax: 5 7
 '7' at 12 should look at '5' at 10, in the item 'Tax: 5'
