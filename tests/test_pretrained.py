@@ -193,49 +193,41 @@ def test_right_answers_are_printed_and_written(tokenizer, capsys):
     assert "iid: 0.750 of the answers are right\nood: 1.000 of the" in printed
 
 
-def batch_of_all(tokenizer):
-    examples = [choose_causes(example, "value", None) for example in read("game.jsonl")]
-    return collate([encode(example, tokenizer) for example in examples], tokenizer)
-
-
-@pytest.mark.parametrize("family", [
-    "Llama", "Qwen2", "Qwen3", "Gemma2", "Gemma3Text", "Mistral", "Phi3", "GPT2", "GPTNeoX",
-    "Olmo2"])
-def test_the_loss_is_the_sum_of_both_losses(family, tokenizer):
-    prepare(tokenizer, family)
-    args = CATConfig(model="model", train="", iid="", ood="", upper=1, form="log", alpha=3.0,
-                     gamma=0.1, decay=2.0, use_cpu=True)
-    tokenizer, model = pretrained.load(args)
-    batch = batch_of_all(tokenizer)
-    model.eval()
-    output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
-                   labels=batch["labels"], output_attentions=True)
-    attn = average_attention(output.attentions[-1:])
-    l_attn = re_attention_loss(attn, batch["adjacency"], 3.0, "log", batch["mask"])
-
-    model.train()  # load has switched dropout off
-    trainer = CATTrainer(model=model, args=args)
-    trainer.state.global_step = 1
-    trainer.state.max_steps = 2
-    loss = trainer.compute_loss(model, dict(batch))
-    assert loss.item() == pytest.approx((output.loss + 0.1 * math.exp(-1) * l_attn).item())
-
-
-def test_the_trainer_of_the_readme_has_the_same_loss(tokenizer):
-    prepare(tokenizer)
-    args = CATConfig(model="model", train="", iid="", ood="", use_cpu=True)
-    tokenizer, model = pretrained.load(args)
-    trainer = CATTrainer(model=model, args=args)
-    trainer.state.max_steps = 1
-    loss = trainer.compute_loss(model.train(), dict(batch_of_all(tokenizer)))
-
+def readme_trainer():
+    """The CATTrainer that the README shows, which is the definition without flags."""
     readme = Path(__file__).parent.parent / "README.md"
     code, = re.findall(r"```python\n(class CATTrainer.*?)```", readme.read_text("utf-8"), re.DOTALL)
     names = {"transformers": hf, "average_attention": average_attention,
              "re_attention_loss": re_attention_loss}
     exec(code, names)
-    trainer = names["CATTrainer"](model=model, args=args)
-    assert trainer.compute_loss(model, dict(batch_of_all(tokenizer))) == loss
+    return names["CATTrainer"]
+
+
+def loss_of(trainer_class=CATTrainer, **flags):
+    """The loss of a trainer for all examples, when half of the training is done."""
+    args = CATConfig(model="model", train="", iid="", ood="", use_cpu=True, **flags)
+    tokenizer, model = pretrained.load(args)
+    examples = [choose_causes(example, "value", None) for example in read("game.jsonl")]
+    batch = collate([encode(example, tokenizer) for example in examples], tokenizer)
+    trainer = trainer_class(model=model, args=args)
+    trainer.state.global_step = 1
+    trainer.state.max_steps = 2
+    return trainer.compute_loss(model.train(), batch).item()
+
+
+@pytest.mark.parametrize("family", [
+    "Llama", "Qwen2", "Qwen3", "Gemma2", "Gemma3Text", "Mistral", "Phi3", "GPT2", "GPTNeoX",
+    "Olmo2"])
+def test_the_loss_is_that_of_the_readme_and_has_no_dropout(family, tokenizer):
+    prepare(tokenizer, family)
+    assert loss_of(CATTrainer) == pytest.approx(loss_of(readme_trainer()))
+
+
+def test_flags_of_the_loss(tokenizer):
+    prepare(tokenizer)
+    assert loss_of(gamma=0.1, decay=2.0) == pytest.approx(loss_of(gamma=0.1 / math.e))
+    assert loss_of(form="hinge", alpha=1e-6) == loss_of(gamma=0.0)  # each ratio is enough
+    assert len({loss_of(), loss_of(form="hinge"), loss_of(upper=1)}) == 3
 
 
 # ----------------------------------------------------------------------------
