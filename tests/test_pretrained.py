@@ -24,9 +24,9 @@ from pretrained import CATConfig, CATTrainer, choose_edges, collate, encode, rig
 
 torch.set_num_threads(1)
 
-EXAMPLE, _ = link(" Smoking: 8, Room size: 5 Answer: ", "High Risk", [
+EXAMPLE, _ = link(" Smoking: 8, Room size: 5 Answer:", " High Risk", [
     ("High Risk", ["Smoking: 8", "Room"]),
-    ("8", ["Smoking"]),
+    ("size", ["8"]),
 ])
 
 
@@ -51,7 +51,7 @@ def check_row(tokenizer):
     assert row["input_ids"][-1] == tokenizer.eos_token_id
     assert row["labels"] == [-100] * 12 + row["input_ids"][12:]
     assert row["edges"] == [
-        (2, 0),  # " " predicts 8, whose cause is Smoking
+        (5, 3),  # "Room" predicts "size", whose cause is 8
         (11, 0), (11, 1), (11, 2), (11, 3), (11, 5),  # ":" predicts High
         (12, 0), (12, 1), (12, 2), (12, 3), (12, 5),  # High predicts Risk
     ]
@@ -72,7 +72,7 @@ def test_a_row_with_the_tokenizer_of_smollm2():
 
 
 @pytest.mark.parametrize("edges, causes, expected", [
-    ("all", "value", ["8", "Room", "Smoking"]),
+    ("all", "value", ["8", "Room", "8"]),
     ("answer-numbers", "span", ["Smoking: 8"]),
     ("answer-numbers", "random", ["5"]),  # the only number that is no cause
 ])
@@ -253,6 +253,7 @@ def test_a_mistake_is_one_line_that_names_it(flags, message, tokenizer):
 
 def test_trained_layers_without_attention_are_refused(tokenizer):
     prepare(tokenizer, "Lfm2", layer_types=["full_attention", "conv"])
+    program("--gamma 0")
     with pytest.raises(UserError, match="no effect"):
         program()
 

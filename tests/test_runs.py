@@ -278,6 +278,8 @@ def test_a_curve_is_the_mean_over_seeds_and_stands_on_the_axes():
     picture = train.curves_svg(metrics)
     # The axes: x from 70 (step 0) to 560 (step 20), y from 320 (accuracy 0) up to 20 (1).
     assert 'points="315.0,320.0 560.0,95.0"' in picture  # 0 after 10 steps, 0.75 after 20
+    assert ">CAT, OOD<" in picture
+    assert "dasharray" not in picture  # is for IID
 
 
 # ----------------------------------------------------------------------------

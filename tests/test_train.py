@@ -2,6 +2,7 @@
 learns, and the table."""
 import math
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -177,6 +178,13 @@ def test_training_follows_the_gradient_of_the_whole_loss(data):
         optimizer.step()
 
     assert_close(trained.state_dict(), model.state_dict())
+
+
+def test_the_last_step_is_logged_too(data):
+    args = parse("--steps 11 --out .")
+    train.train(args, "cat", 1, data, "", "metrics.jsonl")
+    steps = [line["step"] for line in train.read_metrics(Path("metrics.jsonl"))]
+    assert steps == [2, 4, 6, 8, 10, 11]
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(data):
