@@ -35,7 +35,7 @@ def own_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def tokenizer():
     texts = [example.input + example.target for example in generate(STG, 99)]
     return hf.Qwen2Tokenizer().train_new_from_iterator(texts, 1000, show_progress=False)
@@ -139,8 +139,10 @@ def prepare(tokenizer, family="Llama", **changes):
     torch.manual_seed(0)
     config = getattr(hf, f"{family}Config")(**sizes | changes)
     hf.AutoModelForCausalLM.from_config(config).save_pretrained("model")
-    tokenizer.padding_side = "left"  # the program pads on the right
+    tokenizer.pad_token = None  # the program chooses one, and pads on the right
     tokenizer.save_pretrained("model")
+    config = Path("model/tokenizer_config.json")
+    config.write_text(config.read_text().replace("{", '{"padding_side": "left",', 1))
 
 
 def weights(folder):
@@ -179,6 +181,14 @@ def test_two_processes_make_the_step_of_one(tokenizer, monkeypatch):
     assert_close(weights("two/checkpoint-1"), weights("out/checkpoint-1"))
 
 
+def test_training_goes_on_from_a_checkpoint(tokenizer):
+    prepare(tokenizer)
+    program("--max_steps 2")
+    program("--max_steps 2 --resume_from_checkpoint out/checkpoint-1 --output_dir on")
+    assert not Path("on/checkpoint-1").exists()
+    assert_close(weights("on/checkpoint-2"), weights("out/checkpoint-2"))
+
+
 def test_right_answers_are_printed_and_written(tokenizer, capsys):
     prepare(tokenizer)
     high = game_line(generate(STG, 1)[0])  # its answer is High Risk
@@ -209,6 +219,7 @@ def loss_of(trainer_class=CATTrainer, **flags):
     tokenizer, model = pretrained.load(args)
     examples = [choose_causes(example, "value", None) for example in read("game.jsonl")]
     batch = collate([encode(example, tokenizer) for example in examples], tokenizer)
+    assert batch["attention_mask"][:, 0].all()  # padded on the right
     trainer = trainer_class(model=model, args=args)
     trainer.state.global_step = 1
     trainer.state.max_steps = 2
@@ -262,3 +273,9 @@ def test_with_gamma_0_no_example_needs_a_cause(tokenizer):
     prepare(tokenizer)
     Path("plain.jsonl").write_text('{"input": "Smoking: 8 Answer: ", "target": "High Risk"}')
     program("--gamma 0 --train plain.jsonl")
+
+
+def test_a_model_that_returns_no_maps_is_refused(tokenizer):
+    prepare(tokenizer, "Mamba")
+    with pytest.raises(ValueError, match="a layer has no attention map"):
+        program()
