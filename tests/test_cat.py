@@ -40,7 +40,8 @@ def test_loss_by_hand(form, alpha, penalty):
 
 
 def test_the_two_sides_of_the_ratio():
-    causal, other = attention_ratio(*example())
+    attn, adjacency = example()
+    causal, other = attention_ratio(attn, adjacency)
     assert causal.tolist() == pytest.approx([0.4])  # one query counts
     assert other.tolist() == pytest.approx([0.1])
 

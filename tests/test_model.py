@@ -54,7 +54,8 @@ def test_the_model_is_a_gpt_with_normed_and_rotated_queries_and_keys(model):
     x = model.wte(IDX)
     for block in model.blocks:
         torch.nn.init.normal_(block.ln_1.bias)  # so that ln_1 and ln_2 differ
-        heads = block.attn.c_attn(block.ln_1(x)).view(1, 12, 6, 4).transpose(1, 2)
+        qkv = block.attn.c_attn(block.ln_1(x))  # (1, 12, 24)
+        heads = qkv.view(1, 12, 6, 4).transpose(1, 2)
         q, k, v = heads.split(2, dim=1)  # of two heads each
         # A mean square of 1 makes a length of 2 with four channels.
         q = rotate(2 * F.normalize(q, dim=-1), model.cos, model.sin)
@@ -70,7 +71,8 @@ def test_the_model_is_a_gpt_with_normed_and_rotated_queries_and_keys(model):
 def test_a_loss_on_the_last_map_reaches_its_queries_and_keys_and_the_layers_below(model):
     _, attentions = model(IDX)
     attentions[-1][0, :, 11, 0].sum().backward()
-    q, k, v = model.blocks[-1].attn.c_attn.weight.grad.chunk(3)
+    last_layer = model.blocks[-1].attn.c_attn
+    q, k, v = last_layer.weight.grad.chunk(3)
     assert q.any()
     assert k.any()
     assert not v.any()  # a map does not depend on the values of its own layer
@@ -103,7 +105,8 @@ def test_generate_takes_the_likeliest_token_each_time_until_the_stop_token(model
     for token in new:
         logits, _ = model(idx)
         assert token == logits[0, -1].argmax()
-        idx = torch.cat((idx, torch.tensor([[token]])), dim=1)
+        new_idx = torch.tensor([[token]])
+        idx = torch.cat((idx, new_idx), dim=1)
 
 
 def test_generate_ends_at_a_full_block(model):
