@@ -198,6 +198,7 @@ def main(argv):
         Path(args.output_dir, "right.json").write_text(json.dumps(marks))
         for split in marks:
             print(f"{split}: {sum(marks[split]) / len(marks[split]):.3f} of the answers are right")
+    trainer.accelerator.wait_for_everyone()  # a process that ends early could end the others
 
 
 if __name__ == "__main__":

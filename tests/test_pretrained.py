@@ -176,8 +176,9 @@ def test_two_processes_make_the_step_of_one(tokenizer, monkeypatch):
     if sys.platform == "linux":
         monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")  # or else gloo looks up the host's name
     command = [sys.executable] + torchrun.split()
-    printed = subprocess.check_output(command, text=True, timeout=240)
-    assert printed.count("of the answers are right") == 2  # not once a process
+    # Its code is not looked at: on a CPU, gloo can abort a process that has done all its work.
+    ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=240)
+    assert ended.stdout.count("of the answers are right") == 2  # not once a process
     assert_close(weights("two/checkpoint-1"), weights("out/checkpoint-1"))
 
 
@@ -193,9 +194,11 @@ def test_right_answers_are_printed_and_written(tokenizer, capsys):
     prepare(tokenizer)
     high = game_line(generate(STG, 1)[0])  # its answer is High Risk
     low = high.replace("High Risk", "Low Risk")
+    no_cause = '{"input": "Smoking: 8 Answer: ", "target": "High Risk"}'
+    Path("some.jsonl").write_text(high + no_cause)
     Path("high.jsonl").write_text(high)
     Path("iid.jsonl").write_text(high + low + high + high)
-    program("--train high.jsonl --iid iid.jsonl --ood high.jsonl --per_device_eval_batch_size 2 "
+    program("--train some.jsonl --iid iid.jsonl --ood high.jsonl --per_device_eval_batch_size 2 "
             "--max_steps 20 --optim adamw_torch --learning_rate 0.03")
     marks = json.loads(Path("out/right.json").read_text())
     assert marks == {"iid": [True, False, True, True], "ood": [True]}
@@ -231,7 +234,8 @@ def loss_of(trainer_class=CATTrainer, **flags):
     "Olmo2"])
 def test_the_loss_is_that_of_the_readme_and_has_no_dropout(family, tokenizer):
     prepare(tokenizer, family)
-    assert loss_of(CATTrainer) == pytest.approx(loss_of(readme_trainer()))
+    # With another seed, dropout would hide other places.
+    assert loss_of(seed=1) == pytest.approx(loss_of(readme_trainer(), seed=2))
 
 
 def test_flags_of_the_loss(tokenizer):
@@ -248,6 +252,7 @@ def test_flags_of_the_loss(tokenizer):
     ("--train nowhere.jsonl", "nowhere.jsonl"),
     ("--model nowhere/no/model", "--model nowhere/no/model"),
     ("--edges some", "--edges"),
+    ("--form some", "--form"),
     ("--unknown 1", "--unknown"),
     ("--upper 0", "--upper 0"),
     ("--alpha 0", "--alpha 0"),
