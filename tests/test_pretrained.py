@@ -3,7 +3,6 @@ ten families of random models, and a user's mistakes."""
 import json
 import math
 import random
-import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -19,8 +18,9 @@ pytest.importorskip("accelerate", reason=NEEDS)
 
 import pretrained
 from cat import average_attention, re_attention_loss
-from data import STG, UserError, choose_causes, game_line, generate, link, read
+from data import STG, UserError, choose_causes, game_line, generate, link, read, to_line
 from pretrained import CATConfig, CATTrainer, choose_edges, collate, encode, right
+from test_readme import code_with
 
 torch.set_num_threads(1)
 
@@ -28,6 +28,7 @@ EXAMPLE, _ = link(" Smoking: 8, Room size: 5 Answer:", " High Risk", [
     ("High Risk", ["Smoking: 8", "Room"]),
     ("size", ["8"]),
 ])
+NO_CAUSE = to_line("Smoking: 8 Answer: ", "High Risk")
 
 
 @pytest.fixture(autouse=True)
@@ -194,8 +195,7 @@ def test_right_answers_are_printed_and_written(tokenizer, capsys):
     prepare(tokenizer)
     high = game_line(generate(STG, 1)[0])  # its answer is High Risk
     low = high.replace("High Risk", "Low Risk")
-    no_cause = '{"input": "Smoking: 8 Answer: ", "target": "High Risk"}'
-    Path("some.jsonl").write_text(high + no_cause)
+    Path("some.jsonl").write_text(high + NO_CAUSE)
     Path("high.jsonl").write_text(high)
     Path("iid.jsonl").write_text(high + low + high + high)
     program("--train some.jsonl --iid iid.jsonl --ood high.jsonl --per_device_eval_batch_size 2 "
@@ -208,11 +208,9 @@ def test_right_answers_are_printed_and_written(tokenizer, capsys):
 
 def readme_trainer():
     """The CATTrainer that the README shows, which is the definition without flags."""
-    readme = Path(__file__).parent.parent / "README.md"
-    code, = re.findall(r"```python\n(class CATTrainer.*?)```", readme.read_text("utf-8"), re.DOTALL)
     names = {"transformers": hf, "average_attention": average_attention,
              "re_attention_loss": re_attention_loss}
-    exec(code, names)
+    exec(code_with("class CATTrainer"), names)
     return names["CATTrainer"]
 
 
@@ -262,7 +260,7 @@ def test_flags_of_the_loss(tokenizer):
 ])
 def test_a_mistake_is_one_line_that_names_it(flags, message, tokenizer):
     prepare(tokenizer)
-    Path("plain.jsonl").write_text('{"input": "Smoking: 8 Answer: ", "target": "High Risk"}')
+    Path("plain.jsonl").write_text(NO_CAUSE)
     with pytest.raises((UserError, OSError), match=rf"^.*{message}.*\Z"):
         program(flags)
 
@@ -276,7 +274,7 @@ def test_trained_layers_without_attention_are_refused(tokenizer):
 
 def test_with_gamma_0_no_example_needs_a_cause(tokenizer):
     prepare(tokenizer)
-    Path("plain.jsonl").write_text('{"input": "Smoking: 8 Answer: ", "target": "High Risk"}')
+    Path("plain.jsonl").write_text(NO_CAUSE)
     program("--gamma 0 --train plain.jsonl")
 
 
